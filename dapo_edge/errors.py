@@ -1,0 +1,77 @@
+"""Every error that dapo-edge raises on purpose. The message names the cause, then the remedy.
+
+    DapoEdgeError                exit 1    a run-time error
+    ├── BackendError                       an inference runtime refused or failed
+    ├── OutputError                        a result can't be written (folder, permission, disk full)
+    ├── RecipeError              exit 2    a recipe, an option or an argument is wrong
+    ├── PackageError             exit 3    an engine package can't be used
+    │   ├── PackageDamaged                 a file is missing, truncated or edited
+    │   └── PackageIncompatible            made by a newer dapo-edge, or for another target
+    ├── GateError                exit 4    a compiled precision failed the accuracy gate
+    ├── SourceError              exit 5    a camera, video or folder can't be opened
+    │   └── FrameError                     one frame can't be used; the frames after it can
+    └── DependencyMissing        exit 7    an optional package, or downloadable weights, are not there
+"""
+
+from __future__ import annotations
+
+
+class DapoEdgeError(Exception):
+    """Base class. `cause` says what is wrong, `remedy` what to do about it; `str()` is both in one line."""
+
+    exit_code = 1
+
+    def __init__(self, cause: str, remedy: str) -> None:
+        self.cause = " ".join(cause.split()).rstrip(".")
+        self.remedy = " ".join(remedy.split()).rstrip(".")
+        super().__init__(f"{self.cause}. {self.remedy}.")
+
+
+class BackendError(DapoEdgeError):
+    """An inference runtime refused the encoder or failed while running it."""
+
+
+class OutputError(DapoEdgeError):
+    """A result can't be written."""
+
+
+class RecipeError(DapoEdgeError):
+    """A recipe, an option or an argument is wrong."""
+
+    exit_code = 2
+
+
+class PackageError(DapoEdgeError):
+    """An engine package can't be used."""
+
+    exit_code = 3
+
+
+class PackageDamaged(PackageError):
+    """A file of an engine package is missing, truncated or edited."""
+
+
+class PackageIncompatible(PackageError):
+    """An engine package was made by a newer dapo-edge, or for something else."""
+
+
+class GateError(DapoEdgeError):
+    """A compiled precision differs too much from the eager reference."""
+
+    exit_code = 4
+
+
+class SourceError(DapoEdgeError):
+    """A frame source can't be opened or broke down."""
+
+    exit_code = 5
+
+
+class FrameError(SourceError):
+    """One frame can't be used. The source goes on with the next frame."""
+
+
+class DependencyMissing(DapoEdgeError):
+    """An optional package, or weights that would be downloaded, are not available."""
+
+    exit_code = 7

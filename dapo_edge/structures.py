@@ -1,0 +1,83 @@
+"""The types that cross folders: a frame goes in, an inspection comes out. All are frozen; arrays are not copied."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Verdict = Literal["ok", "ng", "unsure"]
+Box = tuple[int, int, int, int]  # x, y, width, height in pixels of the frame
+
+
+@dataclass(frozen=True, eq=False)
+class Truth:
+    """What is really on a frame; only generated frames know it."""
+
+    types: NDArray[np.uint8]  # [H, W], index into `names`
+    names: tuple[str, ...]  # row 0 is "good", then the defect types
+
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        """Defective pixels, [H, W] bool."""
+        return self.types > 0
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """One picture of a source."""
+
+    image: NDArray[np.uint8]  # [H, W, 3] BGR
+    index: int  # counts from 0 within the source
+    timestamp_ns: int  # when it was captured: wall clock, nanoseconds since 1970
+    source: str  # the URI it came from
+    truth: Truth | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class DefectMap:
+    """Per-pixel result at the map's own size. Row 0 of `names` is normal."""
+
+    anomaly: NDArray[np.float32]  # [H, W] in [0, 1]: 1 - probability of normal
+    types: NDArray[np.uint8]  # [H, W] index into `names`: the most probable channel
+    names: tuple[str, ...]  # K + 1
+
+
+@dataclass(frozen=True)
+class Region:
+    """One connected area above the pixel threshold, in pixels of the frame."""
+
+    type: str
+    score: float  # highest anomaly inside, in [0, 1]
+    area_px: int
+    box: Box
+
+
+@dataclass(frozen=True, eq=False)
+class Inspection:
+    """What is known about one frame."""
+
+    score: float  # image score in [0, 1]
+    verdict: Verdict
+    defect_map: DefectMap
+    regions: tuple[Region, ...]  # most defective first
+    frame_size: tuple[int, int]  # width, height in pixels
+    ms: Mapping[str, float] = field(default_factory=dict)  # stage -> milliseconds, with "total"
+
+    @property
+    def anomaly_map(self) -> NDArray[np.float32]:
+        """[H, W] float32 in [0, 1]."""
+        return self.defect_map.anomaly
+
+    @property
+    def type_map(self) -> NDArray[np.uint8]:
+        """[H, W] uint8, index into `types`."""
+        return self.defect_map.types
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """Names of the map's channels; the first one is normal."""
+        return self.defect_map.names

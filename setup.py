@@ -1,0 +1,42 @@
+"""Packaging. The core runs nothing by itself: choose [cpu] or [gpu] to inspect, [build] to make packages."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = next(
+    line.split('"')[1] for line in (HERE / "dapo_edge/__init__.py").read_text().splitlines() if "__version__" in line
+)
+
+CORE = [
+    "numpy>=1.26",
+    "pillow>=10",
+    "pyyaml>=6",
+    "pydantic>=2.7",
+    "safetensors>=0.4.3",
+    "click>=8.1",
+    "rich>=13",
+]
+EXTRAS = {
+    # An ARM board such as a Jetson brings its own OpenCV (with GStreamer): a second one would shadow it.
+    "cpu": ["openvino>=2024.4", "opencv-python-headless>=4.8; platform_machine != 'aarch64'"],
+    "build": ["torch>=2.4", "torchvision", "open_clip_torch>=3.3", "onnx>=1.16"],
+    "gpu": ["pycuda>=2024.1"],  # TensorRT is detected, never installed from here: it belongs to the device
+    "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.11", "types-PyYAML"],
+}
+
+setup(
+    name="dapo-edge",
+    version=VERSION,
+    description="Zero-shot defect maps on edge devices: per pixel, per defect type, from a camera stream",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["dapo_edge", "dapo_edge.*"]),
+    package_data={"dapo_edge": ["assets/*", "models/configs/*.json", "data/defects/*.yaml", "py.typed"]},
+    install_requires=CORE,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["dapo-edge = dapo_edge.cli:main"]},
+)
