@@ -1,0 +1,100 @@
+"""The backend contract: views in, defect maps out. One file per backend; a fake for tests fits in 20 lines."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import Self
+
+from dapo_edge.errors import RecipeError
+from dapo_edge.package import EnginePackage
+from dapo_edge.prompt_bank import PromptBank
+
+MapSize = Literal["model", "frame"] | tuple[int, int]
+View = NDArray[np.uint8]  # [H, W, 3] BGR
+
+
+@dataclass(frozen=True, eq=False)
+class MapBatch:
+    """Results of one `infer` call, in the order of its views."""
+
+    anomaly: NDArray[np.float32]  # [B, H, W] in [0, 1]
+    types: NDArray[np.uint8]  # [B, H, W] index into the bank's names
+    patch_probs: NDArray[np.float32]  # [B, K+1, h, w], sum 1 per patch
+    image_scores: NDArray[np.float32]  # [B] in [0, 1], by the package's score rule
+    stage_ms: Mapping[str, float]  # preprocess, encode, map: milliseconds of the whole batch
+
+
+class Backend(Protocol):
+    """What the runtime needs from an engine. Backends are context managers and are used by one thread at a time."""
+
+    name: str
+    device: str  # in words
+    precision: str  # the arithmetic that really runs: fp32, bf16, fp16 ...
+    bank: PromptBank
+
+    @classmethod
+    def open(cls, package: EnginePackage, *, map_size: MapSize, precision: str | None = None) -> Self:
+        """Load the package's encoder. Raises `DependencyMissing`, `PackageError` or `BackendError`."""
+        ...
+
+    def infer(self, views: Sequence[View]) -> MapBatch:
+        """Inspect views of any size; with a map of the frame's size they must all have one size."""
+        ...
+
+    def set_bank(self, bank: PromptBank) -> None:
+        """Use another bank from the next call on."""
+        ...
+
+    def close(self) -> None:
+        """Free everything; the backend can't be used afterwards."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+BACKENDS: dict[str, str] = {
+    "openvino": "dapo_edge.backends.openvino:OpenVinoBackend",
+}
+
+
+def backend_class(name: str) -> type[Backend]:
+    """Look a backend up and import its file. Raises `RecipeError` naming the nearest."""
+    if name not in BACKENDS:
+        near = difflib.get_close_matches(name, BACKENDS, n=1, cutoff=0.0)[0]
+        raise RecipeError(f"unknown backend '{name}'", f"Did you mean '{near}'? Valid: {', '.join(sorted(BACKENDS))}")
+    module, _, attribute = BACKENDS[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def map_pixels(map_size: MapSize, image_size: int, views: Sequence[View]) -> tuple[int, int]:
+    """Width and height of the maps of one batch of views."""
+    if map_size == "model":
+        return image_size, image_size
+    if map_size != "frame":
+        return map_size
+    sizes = {view.shape[:2] for view in views}
+    if len(sizes) > 1:
+        raise RecipeError(
+            f"a map of the frame's size needs views of one size, not {sorted(sizes)}",
+            "Inspect frames of different size one by one, or set map.size to [width, height]",
+        )
+    height, width = sizes.pop()
+    return width, height
+
+
+def check_bank(bank: PromptBank, dimensions: int) -> None:
+    """Refuse a bank that belongs to another encoder."""
+    if bank.dimensions != dimensions:
+        raise RecipeError(
+            f"the prompt bank has {bank.dimensions} dimensions, the engine package {dimensions}",
+            "Use a bank that was made with the same backbone",
+        )

@@ -1,0 +1,176 @@
+"""OpenVINO on the CPU: the embedded default. Pillow resizes, the compiled model does the rest of the preprocessing."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import Self
+
+from dapo_edge.backends.base import MapBatch, MapSize, View, check_bank, map_pixels
+from dapo_edge.backends.host import make_maps, resize_view
+from dapo_edge.errors import BackendError, RecipeError
+from dapo_edge.extras import require
+from dapo_edge.package import EnginePackage
+from dapo_edge.prompt_bank import PromptBank
+
+log = logging.getLogger(__name__)
+
+# What OpenVINO calls a float type, by the names used here; the first that a CPU computes natively is its fast type.
+FAST_TYPES = {"BF16": "bf16", "FP16": "fp16"}
+HINT_OF = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+
+
+class OpenVinoBackend:
+    """Runs a package's portable encoder on this machine's CPU."""
+
+    name = "openvino"
+
+    def __init__(self, package: EnginePackage, model: Any, request: Any, map_size: MapSize) -> None:
+        self._package = package
+        self._model = model
+        self._request = request
+        self._map_size = map_size
+        manifest = package.manifest
+        size = manifest.image_size
+        self._input: NDArray[np.uint8] = np.zeros((manifest.batch, size, size, 3), np.uint8)
+        self.bank = package.bank()
+        self.device = str(model.get_property("EXECUTION_DEVICES")[0])
+        self.precision = _precision_of(model)
+
+    @classmethod
+    def open(cls, package: EnginePackage, *, map_size: MapSize, precision: str | None = None) -> Self:
+        """Compile the encoder, or take it from the model cache. `precision` overrides the package's: fp32 or fp16."""
+        ov = require("openvino")
+        wanted = precision or package.manifest.precision
+        if wanted not in ("fp32", "fp16"):
+            raise RecipeError(f"unknown precision '{wanted}'", "Use fp32, or fp16 for the CPU's fastest float type")
+        core = ov.Core()
+        properties = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": HINT_OF["fp32" if wanted == "fp32" else _fast_type(core)],
+            **_cache_property(),
+        }
+        try:
+            model = core.compile_model(_with_preprocessing(ov, core, package), "CPU", properties)
+        except RuntimeError as error:
+            raise BackendError(
+                f"OpenVINO {ov.__version__} can't compile '{package.encoder_path}' ({_first_line(error)})",
+                "Update OpenVINO, or build the package again with this machine's versions",
+            ) from error
+        return cls(package, model, model.create_infer_request(), map_size)
+
+    def infer(self, views: Sequence[View]) -> MapBatch:
+        """Inspect views of any size. Views beyond the package's batch size go through in several calls."""
+        manifest = self._package.manifest
+        bank = self.bank  # one call sees one bank, even when another thread sets a new one meanwhile
+        size = map_pixels(self._map_size, manifest.image_size, views)
+        started = time.perf_counter()
+        resized = [resize_view(view, manifest.image_size) for view in views]
+        prepared = time.perf_counter()
+        tokens, embedding = self._encode(resized)
+        encoded = time.perf_counter()
+        anomaly, types, probs, scores = make_maps(tokens, embedding, bank, manifest.map, size)
+        finished = time.perf_counter()
+        stages = {
+            "preprocess": (prepared - started) * 1e3,
+            "encode": (encoded - prepared) * 1e3,
+            "map": (finished - encoded) * 1e3,
+        }
+        return MapBatch(anomaly, types, probs, scores, stages)
+
+    def encode(self, views: Sequence[View]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Patch tokens [B, L, N, D] and image embeddings [B, D]: what the accuracy gate compares."""
+        return self._encode([resize_view(view, self._package.manifest.image_size) for view in views])
+
+    def set_bank(self, bank: PromptBank) -> None:
+        """Use another bank from the next call on."""
+        check_bank(bank, self._package.manifest.dimensions)
+        self.bank = bank
+
+    def close(self) -> None:
+        """Drop the compiled model."""
+        self._request = self._model = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _encode(self, resized: Sequence[View]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        if self._request is None:
+            raise BackendError("this backend is closed", "Open it again")
+        batch = len(self._input)
+        parts = [self._encode_chunk(resized[start : start + batch]) for start in range(0, len(resized), batch)]
+        if len(parts) == 1:
+            return parts[0]
+        tokens, embeddings = zip(*[(tokens.copy(), embedding.copy()) for tokens, embedding in parts], strict=True)
+        return np.concatenate(tokens), np.concatenate(embeddings)
+
+    def _encode_chunk(self, resized: Sequence[View]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        for row, view in zip(self._input, resized, strict=False):
+            row[...] = view
+        try:
+            self._request.infer([self._input], share_inputs=True, share_outputs=True)
+        except RuntimeError as error:
+            raise BackendError(
+                f"OpenVINO failed while running the encoder ({_first_line(error)})", "Check memory, then start again"
+            ) from error
+        tokens, embedding = (self._request.get_output_tensor(index).data for index in (0, 1))
+        return tokens[: len(resized)], embedding[: len(resized)]
+
+
+def _with_preprocessing(ov: Any, core: Any, package: EnginePackage) -> Any:
+    """Put layout, colour order and normalisation into the model: its input becomes uint8 BGR [B, S, S, 3]."""
+    manifest = package.manifest
+    model = core.read_model(package.encoder_path)
+    steps = ov.preprocess.PrePostProcessor(model)
+    layout = ov.preprocess.ColorFormat
+    image = steps.input()
+    image.tensor().set_element_type(ov.Type.u8).set_layout(ov.Layout("NHWC")).set_color_format(layout.BGR)
+    image.model().set_layout(ov.Layout("NCHW"))
+    image.preprocess().convert_element_type(ov.Type.f32).convert_color(layout.RGB)
+    image.preprocess().mean([255 * value for value in manifest.preprocessing.mean])
+    image.preprocess().scale([255 * value for value in manifest.preprocessing.std])
+    return steps.build()
+
+
+def _fast_type(core: Any) -> str:
+    capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    for capability, name in FAST_TYPES.items():
+        if capability in capabilities:
+            return name
+    log.warning("this CPU computes no float type faster than fp32; the package runs in fp32")
+    return "fp32"
+
+
+def _precision_of(model: Any) -> str:
+    hint = model.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    return next((name for name, ov_name in HINT_OF.items() if ov_name == hint), hint)
+
+
+def _cache_property() -> dict[str, str]:
+    """Where compiled models are kept between starts: DAPO_EDGE_CACHE, else the user's cache folder."""
+    root = os.environ.get("DAPO_EDGE_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(root) / "dapo-edge" / "openvino"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return {"CACHE_DIR": str(folder)}
+        reason = "not writable"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    log.warning("no model cache in '%s' (%s): every start compiles anew; set DAPO_EDGE_CACHE", folder, reason)
+    return {}
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:200]

@@ -1,0 +1,217 @@
+"""Recipes: what to build, as a YAML file. Unknown keys and wrong types stop with the nearest valid name."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from dapo_edge.errors import RecipeError
+
+Precision = Literal["fp32", "fp16"]
+ScoreRule = Literal["image", "max", "top"]
+MapSize = Literal["model", "frame"] | tuple[int, int]
+MAX_MAP_SIDE_PX = 16384
+MAX_DEFECT_TYPES = 254  # a type map stores a channel index in 8 bits
+
+
+class Section(BaseModel):
+    """Base of every part of a recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Backbone(Section):
+    """Which CLIP sees and reads."""
+
+    model: str = Field(description="an open_clip model name, a bundled one (surface-tiny), or a model config (.json)")
+    pretrained: str | None = Field(None, description="open_clip's tag of the weights, e.g. openai; null = seeded weights")
+    checkpoint: Path | None = Field(None, description="a local weights file instead of a pretrained tag")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Backbone:
+        if self.pretrained and self.checkpoint:
+            raise ValueError("give either 'pretrained' or 'checkpoint', not both")
+        return self
+
+
+class DefectType(Section):
+    """One defect type: the name that results carry and the words that the text encoder reads."""
+
+    name: str = Field(min_length=1)
+    phrase: str = Field(min_length=1)
+
+
+def _named_phrase(item: Any) -> Any:
+    """Accept `scratch` and `{glue: dried glue strip}` beside the full form."""
+    if isinstance(item, str):
+        return {"name": item.strip(), "phrase": item.strip()}
+    if isinstance(item, dict) and len(item) == 1 and not item.keys() & {"name", "phrase"}:
+        (name, phrase), *_ = item.items()
+        return {"name": name, "phrase": phrase}
+    return item
+
+
+class Prompts(Section):
+    """The words of the prompt bank, and the tuned tokens around them."""
+
+    defects: tuple[Annotated[DefectType, BeforeValidator(_named_phrase)], ...] = Field(
+        min_length=1, max_length=MAX_DEFECT_TYPES, description="words, or name: phrase pairs"
+    )
+    object: str = Field("object", min_length=1, description="the noun that every prompt ends with")
+    tuned: Path | None = Field(None, description="tuned tokens and adapters (.safetensors, or a released .pth)")
+    readout: Literal["eot", "release"] | None = Field(
+        None, description="where the text vector is read; null = as the tuned file says, else eot"
+    )
+
+    @field_validator("defects")
+    @classmethod
+    def _distinct(cls, defects: tuple[DefectType, ...]) -> tuple[DefectType, ...]:
+        names = [defect.name for defect in defects]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"defect names must differ; given twice: {', '.join(twice)}")
+        if "normal" in names:
+            raise ValueError("'normal' is the name of the bank's first row; call the defect something else")
+        return defects
+
+
+class Map(Section):
+    """From patch probabilities to the defect map."""
+
+    size: MapSize = Field("model", description="model = image size, frame = the camera's size, or [width, height]")
+    smoothing_px: float = Field(
+        4.0, ge=0, le=64, description="Gaussian sigma in pixels at the model's image size; 0 = the released DAPO"
+    )
+    score: ScoreRule = Field("image", description="image score: image embedding, map maximum, or mean of the top 1 %")
+
+    @field_validator("size")
+    @classmethod
+    def _possible_size(cls, size: MapSize) -> MapSize:
+        if not isinstance(size, str) and not all(1 <= side <= MAX_MAP_SIDE_PX for side in size):
+            raise ValueError(f"width and height must lie in 1..{MAX_MAP_SIDE_PX}")
+        return size
+
+
+class Thresholds(Section):
+    """Where the good parts end. Without frames the package stays uncalibrated and every verdict is 'unsure'."""
+
+    frames: str | None = Field(None, description="folder of good parts, 'synthetic', or null = not calibrated")
+    count: int = Field(64, ge=8, le=100_000, description="how many frames at most")
+    false_reject_rate: float = Field(0.01, gt=0, lt=0.5, description="share of good parts that may be rejected")
+
+
+class Gate(Section):
+    """How far the compiled encoder may be from eager torch before the build fails (exit code 4)."""
+
+    frames: str = Field("synthetic", description="folder of frames, or 'synthetic'")
+    count: int = Field(8, ge=1, le=10_000)
+    max_map_difference: float = Field(0.02, gt=0, le=1, description="largest difference of any map pixel")
+    max_flips: float = Field(0.005, ge=0, le=1, description="share of frames whose verdict may differ")
+
+
+class Recipe(Section):
+    """Everything that `dapo-edge build` needs to make an engine package."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the package: letters, digits, . _ -")
+    method: str = Field("dapo", description="how prompts and maps are made")
+    backbone: Backbone
+    image_size: int | None = Field(None, ge=16, le=4096, description="side of the model's input in px; null = the model's")
+    feature_layers: tuple[int, ...] | None = Field(None, description="blocks that are tapped, from 1; null = four evenly")
+    options: dict[str, Any] = Field(default_factory=dict, description="options of the method")
+    prompts: Prompts
+    map: Map = Map()
+    precision: Precision = Field("fp32", description="fp16 on a CPU means its fastest float type")
+    batch: int = Field(1, ge=1, le=32, description="views per engine call")
+    thresholds: Thresholds = Thresholds()
+    gate: Gate = Gate()
+    seed: int = Field(0, ge=0, lt=2**32)
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read a recipe; files that it names are taken relative to its folder. Raises `RecipeError`."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"the recipe '{path}' can't be read ({error.strerror})", "Check the path") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"'{path}' is not a text file", "Give a recipe in YAML, UTF-8 encoded") from error
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"the recipe '{path}' is not valid YAML: {error}", "Mend the named line") from error
+    if not isinstance(data, dict):
+        raise RecipeError(
+            f"the recipe '{path}' holds no keys", "Start from the demo recipe: dapo-edge build --print-demo-recipe"
+        )
+    return resolve_paths(parse_recipe(data, origin=str(path)), path.resolve().parent)
+
+
+def parse_recipe(data: dict[str, Any], origin: str = "recipe") -> Recipe:
+    """Check a mapping against the recipe's schema. Raises `RecipeError` naming every mistake."""
+    return parse_section(Recipe, data, origin)
+
+
+def parse_section(model: type[Section], data: dict[str, Any], origin: str) -> Any:
+    """Check a mapping against any section; `origin` starts the error's text."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        mistakes = [_describe(model, dict(item)) for item in error.errors(include_url=False)]
+        raise RecipeError(
+            f"{origin}: {'; '.join(dict.fromkeys(mistakes))}", "See the valid keys: dapo-edge build --schema"
+        ) from error
+
+
+def resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
+    """Make the file names in a recipe absolute, relative to `folder`."""
+
+    def absolute(value: Any) -> Any:
+        return None if value is None else str(folder / Path(value).expanduser())
+
+    def frames(value: str | None) -> str | None:
+        return value if value in (None, "synthetic") else absolute(value)
+
+    data = recipe.model_dump(mode="json")
+    backbone, prompts = data["backbone"], data["prompts"]
+    backbone["checkpoint"] = absolute(backbone["checkpoint"])
+    if backbone["model"].endswith(".json"):
+        backbone["model"] = absolute(backbone["model"])
+    prompts["tuned"] = absolute(prompts["tuned"])
+    for section in ("thresholds", "gate"):
+        data[section]["frames"] = frames(data[section]["frames"])
+    return Recipe.model_validate(data)
+
+
+def recipe_schema() -> str:
+    """JSON schema of a recipe, every key described."""
+    return json.dumps(Recipe.model_json_schema(), indent=2)
+
+
+def _describe(model: type[BaseModel], item: dict[str, Any]) -> str:
+    where = ".".join(str(part) for part in item["loc"] if "[" not in str(part))  # pydantic names union members there
+    if item["type"] == "extra_forbidden":
+        valid = sorted(_fields_at(model, item["loc"][:-1]))
+        near = difflib.get_close_matches(str(item["loc"][-1]), valid, n=1, cutoff=0.4)
+        hint = f"did you mean '{near[0]}'?" if near else f"valid keys are {', '.join(valid)}"
+        return f"unknown key '{where}' ({hint})"
+    if item["type"] == "missing":
+        return f"the key '{where}' is missing"
+    text = item["msg"].removeprefix("Value error, ")
+    return f"'{where}' is {item['input']!r:.60}: {text[0].lower()}{text[1:]}" if where else text
+
+
+def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    for part in location:
+        field = model.model_fields.get(str(part))
+        inner = None if field is None else field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            model = inner
+        elif part == "defects":
+            model = DefectType
+    return list(model.model_fields)

@@ -1,0 +1,213 @@
+"""Recipe in, engine package out: encode the words, export the encoder, calibrate, pass the gate, move into place."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dapo_edge import __version__
+from dapo_edge.backends.base import Backend, View
+from dapo_edge.calibration.thresholds import threshold_at
+from dapo_edge.config import Recipe
+from dapo_edge.device import cpu_name
+from dapo_edge.engine import gate
+from dapo_edge.engine.export import export_encoder
+from dapo_edge.engine.frames import build_frames
+from dapo_edge.errors import RecipeError
+from dapo_edge.kernels.map_spec import MapSpec
+from dapo_edge.models.clip import load_clip
+from dapo_edge.models.eager import EagerBackend
+from dapo_edge.models.method import Method, method_class
+from dapo_edge.package import (
+    ENCODER,
+    PROMPTS,
+    REPORT,
+    SUFFIX,
+    THRESHOLDS,
+    EnginePackage,
+    PackageWriter,
+    Preprocessing,
+    Thresholds,
+    writing_to,
+)
+from dapo_edge.prompt_bank import PromptBank
+
+REPORT_SCHEMA = "dapo-edge report 1"
+MIN_CALIBRATION_FRAMES = 8
+THRESHOLD_SEED, GATE_SEED = 1_000_000, 2_000_000  # generated frames of the two steps never coincide
+
+Progress = Callable[[str, int, int], None]  # step in words, done, of
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    recipe: Recipe
+    method: Method
+    bank: PromptBank
+    spec: MapSpec
+    progress: Progress
+
+
+def build(
+    recipe: Recipe, destination: str | Path | None = None, on_progress: Progress = lambda step, done, of: None
+) -> EnginePackage:
+    """Build an engine package at `destination` (default: engines/<name>.dapo), replacing an older one at the end.
+
+    Raises `RecipeError`, `DependencyMissing`, `GateError` or `OutputError`; then nothing is left behind and an older
+    package stays as it was.
+    """
+    destination = Path(destination or Path("engines") / f"{recipe.name}{SUFFIX}")
+    kind = method_class(recipe.method)
+    with PackageWriter(destination) as writer:
+        on_progress("loading the backbone", 0, 1)
+        backbone = recipe.backbone
+        clip = load_clip(backbone.model, pretrained=backbone.pretrained, checkpoint=backbone.checkpoint, seed=recipe.seed)
+        method = kind.from_recipe(recipe, clip)
+        on_progress("encoding the words", 0, 1)
+        job = _Job(recipe, method, method.bank(recipe), _map_spec(recipe, method), on_progress)
+        writer.write(PROMPTS, job.bank.to_bytes())
+        on_progress("exporting the encoder", 0, 1)
+        with writing_to(writer.folder / ENCODER):
+            export_encoder(method, writer.folder / ENCODER, recipe.batch)
+        writer.write(REPORT, b"{}")
+        writer.write(THRESHOLDS, _as_bytes(Thresholds().model_dump(mode="json")))
+        draft = writer.draft(_manifest_fields(job))
+        thresholds = _calibrated(job, draft)
+        writer.write(THRESHOLDS, _as_bytes(thresholds.model_dump(mode="json")))
+        writer.write(REPORT, _as_bytes(_passed_gate(job, draft, thresholds)))
+        on_progress("writing the package", 0, 1)
+        package = writer.commit(_manifest_fields(job))
+        on_progress("writing the package", 1, 1)
+        return package
+
+
+def _map_spec(recipe: Recipe, method: Method) -> MapSpec:
+    return MapSpec(
+        image_size=method.image_size,
+        grid=method.grid,
+        temperature=method.temperature,
+        align_corners=method.align_corners,
+        smoothing_px=recipe.map.smoothing_px,
+        score=recipe.map.score,
+    )
+
+
+def _manifest_fields(job: _Job) -> dict[str, Any]:
+    recipe, method = job.recipe, job.method
+    return {
+        "name": recipe.name,
+        "method": recipe.method,
+        "backbone": method.clip.name,
+        "weights": method.clip.weights,
+        "tuned": method.tuned,
+        "precision": recipe.precision,
+        "batch": recipe.batch,
+        "image_size": method.image_size,
+        "feature_layers": method.feature_layers,
+        "dimensions": job.bank.dimensions,
+        "map_size": recipe.map.size,
+        "map": job.spec,
+        "preprocessing": Preprocessing(mean=method.clip.mean, std=method.clip.std, resize="pillow-bicubic"),
+        "recipe": recipe.model_dump(mode="json"),
+        "versions": _versions(),
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _calibrated(job: _Job, draft: EnginePackage) -> Thresholds:
+    """Run the good frames through what will really run on the line, and set the limits behind them."""
+    wanted = job.recipe.thresholds
+    if wanted.frames is None:
+        return Thresholds()
+    views = build_frames(wanted.frames, wanted.count, good_only=True, seed=THRESHOLD_SEED + job.recipe.seed)
+    if len(views) < MIN_CALIBRATION_FRAMES:
+        raise RecipeError(
+            f"'{wanted.frames}' holds {len(views)} frames of good parts, thresholds need {MIN_CALIBRATION_FRAMES}",
+            "Add more good parts, or set thresholds.frames: null to build without thresholds",
+        )
+    scores, highest = [], []
+    with _open(draft, job.recipe.precision) as backend:
+        for done, view in enumerate(views):
+            job.progress("calibrating thresholds", done, len(views))
+            batch = backend.infer([view])
+            scores.append(float(batch.image_scores[0]))
+            highest.append(float(batch.anomaly[0].max()))
+    return Thresholds(
+        image=threshold_at(scores, wanted.false_reject_rate),
+        pixel=threshold_at(highest, wanted.false_reject_rate),
+        source=wanted.frames,
+        frames=len(views),
+    )
+
+
+def _passed_gate(job: _Job, draft: EnginePackage, thresholds: Thresholds) -> dict[str, Any]:
+    """Compare FP32, and the recipe's precision, with eager torch. Raises `GateError`."""
+    recipe = job.recipe
+    views = build_frames(recipe.gate.frames, recipe.gate.count, good_only=False, seed=GATE_SEED + recipe.seed)
+    if not views:
+        raise RecipeError(f"'{recipe.gate.frames}' holds no frames", "Name a folder with pictures under 'gate.frames'")
+    eager = EagerBackend(job.method, job.bank, job.spec)
+    expected, eager_ms = [], []
+    for done, view in enumerate(views):
+        job.progress("running the eager reference", done, len(views))
+        batch = eager.infer([view])
+        eager_ms.append(batch.stage_ms["encode"])
+        expected.append((eager.encode([view])[0], batch))
+    drifts = {}
+    for precision in dict.fromkeys(("fp32", recipe.precision)):
+        drifts[precision] = _drift(job, draft, precision, expected, views, thresholds)
+    gate.check_export(drifts["fp32"])
+    gate.check_limits(recipe.precision, drifts[recipe.precision], recipe.gate)
+    return {
+        "schema": REPORT_SCHEMA,
+        "device": cpu_name(),
+        "reference": {"backend": "eager torch fp32", "encode_ms": float(np.median(eager_ms))},
+        "frames": {"source": recipe.gate.frames, "count": len(views)},
+        "limits": recipe.gate.model_dump(mode="json"),
+        "precisions": {precision: gate.as_json(drift) for precision, drift in drifts.items()},
+    }
+
+
+def _drift(
+    job: _Job,
+    draft: EnginePackage,
+    precision: str,
+    expected: Sequence[Any],
+    views: Sequence[View],
+    thresholds: Thresholds,
+) -> gate.Drift:
+    step = f"accuracy gate, {precision}"
+    done = 0
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        job.progress(step, done, len(views))
+
+    job.progress(step, 0, len(views))
+    with _open(draft, precision) as backend:
+        return gate.measure_drift(backend, expected, views, thresholds, advance)
+
+
+def _open(draft: EnginePackage, precision: str) -> Any:
+    from dapo_edge.backends.openvino import OpenVinoBackend
+
+    return OpenVinoBackend.open(draft, map_size="model", precision=precision)
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "open_clip_torch", "onnx", "openvino", "numpy", "pillow")
+    versions = {package: importlib.metadata.version(package) for package in packages}
+    return {"dapo-edge": __version__, "python": platform.python_version(), **versions}
+
+
+def _as_bytes(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,193 @@
+"""From patch tokens to defect map in NumPy: the definition the CUDA kernels are tested against, and the CPU's own path.
+
+The softmax comes before the upsampling, so all that follows is linear. The mean over layers is taken on the small patch
+grid, and resizing and smoothing are two matrices of `resample`. Their rows sum to 1, so the anomaly map needs only the
+normal channel.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dapo_edge.kernels.resample import TapTable
+
+FloatArray = NDArray[np.float32]
+TypeArray = NDArray[np.uint8]
+
+SCORE_RULES = ("image", "max", "top")
+
+_EPSILON = np.float32(1e-12)  # the smallest length a vector is divided by: a zero vector stays zero
+_TOP_FRACTION = 0.01
+_BLOCK_BYTES = 1 << 21  # upsampled channels held at once by the type map: a block that stays in the cache
+
+
+def normalise(x: FloatArray, axis: int = -1) -> FloatArray:
+    """Vectors of length 1 along `axis`, same shape, float32; zero vectors stay zero."""
+    return x / np.maximum(np.linalg.norm(x, axis=axis, keepdims=True), _EPSILON)
+
+
+def patch_probabilities(
+    tokens: FloatArray,  # [B, L, N, D]
+    bank: FloatArray,  # [K+1, D], unit rows
+    temperature: float,
+    grid: tuple[int, int],  # h, w with h · w = N
+) -> FloatArray:
+    """Probability of each bank row on each patch, `[B, K+1, h, w]` float32 in [0, 1], sum 1 over the channels.
+
+    Source: DAPO (https://arxiv.org/abs/2512.09446): softmax over K+1 of unit tokens · bank / temperature in each layer;
+    then the mean over layers, where the released code takes the sum. Raises `ValueError` if h · w is not N.
+    """
+    batch, layers, patches, width = tokens.shape
+    if grid[0] * grid[1] != patches:
+        raise ValueError(f"a grid of {grid[0]} x {grid[1]} doesn't hold {patches} patches")
+    flat = tokens.reshape(-1, width)  # [B·L·N, D]
+    # Channels first: the softmax then runs over whole rows, and dividing the small product by the tokens' lengths saves
+    # a normalised copy of the tokens.
+    logits = bank @ flat.T  # [K+1, B·L·N]
+    length = np.sqrt(np.einsum("nd,nd->n", flat, flat))
+    logits /= np.float32(temperature) * np.maximum(length, _EPSILON)
+    share = _softmax(logits, axis=0).reshape(-1, batch, layers, patches)
+    mean = share.mean(axis=2)  # [K+1, B, N]
+    return np.ascontiguousarray(mean.swapaxes(0, 1)).reshape(batch, -1, *grid)
+
+
+def upsample_maps(probs: FloatArray, rows: TapTable, columns: TapTable) -> FloatArray:
+    """`A_y · P · A_xᵀ` for each channel: `[B, C, h, w]` → `[B, C, H, W]`, float32.
+
+    `rows` maps h to H, `columns` maps w to W. Exact for resizing and Gaussian smoothing: both are linear and separable.
+    Raises `ValueError` if a table doesn't fit the grid.
+    """
+    return _upsample(probs, rows.dense(), columns.dense())
+
+
+def anomaly_map(probs: FloatArray, rows: TapTable, columns: TapTable) -> FloatArray:
+    """`1 - A_y · P_0 · A_xᵀ`, `[B, K+1, h, w]` → `[B, H, W]` float32 in [0, 1].
+
+    Equal to the sum of the defect channels, because softmax and the rows of both tables sum to 1.
+    """
+    return _complement(upsample_maps(probs[:, 0], rows, columns))
+
+
+def type_map(probs: FloatArray, rows: TapTable, columns: TapTable) -> TypeArray:
+    """Most probable channel of each pixel, `[B, K+1, h, w]` → `[B, H, W]` uint8; ties go to the lowest index.
+
+    Raises `ValueError` for more than 256 channels.
+    """
+    return defect_map(probs, rows, columns)[1]
+
+
+def defect_map(probs: FloatArray, rows: TapTable, columns: TapTable) -> tuple[FloatArray, TypeArray]:
+    """`anomaly_map` and `type_map` of the same `probs` `[B, K+1, h, w]`, sharing the upsampled normal channel.
+
+    Raises `ValueError` for more than 256 channels.
+    """
+    batch, channels = probs.shape[:2]
+    if channels > 256:
+        raise ValueError(f"a type map holds 256 channels at most, not {channels}")
+    a_y, a_x = rows.dense(), columns.dense()
+    anomaly = np.empty((batch, rows.size_out, columns.size_out), np.float32)
+    types = np.zeros(anomaly.shape, np.uint8)
+    step = max(1, _BLOCK_BYTES // (4 * channels * columns.size_out))
+    for image in range(batch):
+        for top in range(0, rows.size_out, step):
+            block = slice(top, top + step)
+            share = _upsample(probs[image], a_y[block], a_x)  # [K+1, step, W]
+            _running_argmax(share, types[image, block])
+            anomaly[image, block] = share[0]
+    return _complement(anomaly), types
+
+
+def image_score(
+    embedding: FloatArray,  # [B, D]
+    bank: FloatArray,  # [K+1, D], unit rows
+    temperature: float,
+) -> FloatArray:
+    """How defective the whole image is, `[B]` float32 in [0, 1]: `softmax([z · t_good, z · t_A] / temperature)[1]`.
+
+    Source: DAPO (https://arxiv.org/abs/2512.09446): `z` is the unit image embedding, `t_good` the bank's first row and
+    `t_A` the unit mean of the others.
+    """
+    pair = np.stack([bank[0], normalise(bank[1:].mean(axis=0))])  # [2, D]
+    return _softmax(normalise(embedding) @ pair.T / np.float32(temperature), axis=1)[:, 1]
+
+
+def image_scores(
+    rule: str,
+    embedding: FloatArray,  # [B, D]
+    bank: FloatArray,  # [K+1, D], unit rows
+    temperature: float,
+    anomaly: FloatArray,  # [B, H, W] in [0, 1]
+) -> FloatArray:
+    """Image score by one of `SCORE_RULES`, `[B]` float32 in [0, 1].
+
+    `image` is `image_score`; `max` is the highest pixel of the anomaly map; `top` is the mean of its highest 1 % (one
+    pixel at least), which a single odd patch moves less. Raises `ValueError` for an unknown rule.
+    """
+    if rule == "image":
+        return image_score(embedding, bank, temperature)
+    pixels = anomaly.reshape(len(anomaly), -1)  # [B, H·W]
+    if rule == "max":
+        return pixels.max(axis=1)
+    if rule == "top":
+        count = max(1, int(pixels.shape[1] * _TOP_FRACTION))
+        return np.partition(pixels, -count, axis=1)[:, -count:].mean(axis=1)
+    raise ValueError(f"unknown score rule '{rule}': use one of {', '.join(SCORE_RULES)}")
+
+
+def region_probabilities(
+    mask: NDArray[np.bool_],  # [H, W]
+    probs: FloatArray,  # [K+1, h, w] of one image
+    rows: TapTable,
+    columns: TapTable,
+) -> FloatArray:
+    """Mean over the masked pixels of each upsampled channel, `[K+1]` float32 in [0, 1], sum 1.
+
+    No channel is upsampled: `sum(mask · (A_y P A_xᵀ)) = <A_yᵀ · mask · A_x, P>`. Raises `ValueError` for an empty mask.
+    """
+    y, x = _extent(mask, 0), _extent(mask, 1)
+    inside = mask[y, x]
+    weights: FloatArray = rows.dense()[y].T @ inside.astype(np.float32) @ columns.dense()[x]  # [h, w]
+    return np.tensordot(probs, weights, axes=2) / np.float32(np.count_nonzero(inside))
+
+
+def _softmax(logits: FloatArray, axis: int) -> FloatArray:
+    """Softmax written over its input."""
+    logits -= logits.max(axis=axis, keepdims=True)
+    np.exp(logits, out=logits)
+    logits /= logits.sum(axis=axis, keepdims=True)
+    return logits
+
+
+def _upsample(probs: FloatArray, a_y: FloatArray, a_x: FloatArray) -> FloatArray:
+    tall: FloatArray = a_y @ probs  # [..., H, w]
+    # One large product instead of one per channel.
+    wide: FloatArray = tall.reshape(-1, tall.shape[-1]) @ a_x.T
+    return wide.reshape(*tall.shape[:-1], -1)
+
+
+def _complement(normal: FloatArray) -> FloatArray:
+    """`1 - normal`, written over its input; the clip takes off what rounding leaves outside [0, 1]."""
+    np.subtract(1, normal, out=normal)
+    return np.clip(normal, 0, 1, out=normal)
+
+
+def _running_argmax(share: FloatArray, types: TypeArray) -> None:
+    """`np.argmax(share, axis=0)` into `types`, which starts at 0: whole rows at a time instead of pixel by pixel."""
+    best = share[0].copy()
+    winner = np.empty(best.shape, np.uint8)
+    for channel in range(1, len(share)):
+        # The later winner has the higher index, so a maximum replaces the earlier one; unlike a masked write, every
+        # step here works on many pixels per instruction.
+        np.greater(share[channel], best, out=winner.view(np.bool_))
+        np.multiply(winner, np.uint8(channel), out=winner)
+        np.maximum(types, winner, out=types)
+        np.maximum(best, share[channel], out=best)
+
+
+def _extent(mask: NDArray[np.bool_], axis: int) -> slice:
+    """From the first to the last line along `axis` that holds a true pixel."""
+    used = np.flatnonzero(mask.any(axis=1 - axis))
+    if not len(used):
+        raise ValueError("the region's mask is empty")
+    return slice(int(used[0]), int(used[-1]) + 1)

@@ -1,0 +1,135 @@
+"""Files of tuned DAPO parameters: our safetensors format, and the released `.pth` format (methods 1.5)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dapo_edge.errors import RecipeError
+
+FORMAT = "dapo-edge dapo 1"
+
+# Axes whose length the file decides; every other axis must fit the backbone.
+FREE_AXES = {
+    "normal_context": {0, 1},
+    "abnormal_context": {0, 1},
+    "text_tokens": {0, 1},
+    "visual_tokens": {1},
+    "adapter_weight": set(),
+    "adapter_bias": set(),
+}
+
+# The released trainer and the released tester spell the same parts differently.
+RELEASED_KEYS = {
+    "prompts": ("prompt_learner", "prompt_learner_state_dict"),
+    "visual": ("visual_prompt", "visual_prompt_state_dict"),
+    "adapter": ("linear_adapter", "trainable_adapter_state_dict"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class DapoTensors:
+    """All learnable parameters of DAPO, float32."""
+
+    normal_context: Tensor  # [E, l, W]
+    abnormal_context: Tensor  # [E, l, W]
+    text_tokens: Tensor  # [depth, n, W]
+    visual_tokens: Tensor  # [layers, n, width]
+    adapter_weight: Tensor  # [L, D, width]
+    adapter_bias: Tensor  # [L, D]
+    readout: Literal["eot", "release"]
+    feature_layers: tuple[int, ...] | None  # None: the file does not say
+
+
+def read(path: Path) -> DapoTensors:
+    """Read tuned parameters of either format. Raises `RecipeError`."""
+    if not path.is_file():
+        raise RecipeError(f"the tuned file '{path}' does not exist", "Check 'prompts.tuned' in the recipe")
+    return _read_released(path) if path.suffix in (".pth", ".pt") else _read_safetensors(path)
+
+
+def write(path: Path, tensors: DapoTensors, origin: Mapping[str, str]) -> None:
+    """Write tuned parameters as safetensors; `origin` goes into the metadata."""
+    from safetensors.torch import save_file
+
+    layers = json.dumps(tensors.feature_layers)
+    metadata = {**origin, "format": FORMAT, "readout": tensors.readout, "feature_layers": layers}
+    save_file({name: getattr(tensors, name).contiguous() for name in FREE_AXES}, path, metadata=metadata)
+
+
+def _read_safetensors(path: Path) -> DapoTensors:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise RecipeError(f"the tuned file '{path}' can't be read ({error})", "Copy it again") from error
+    if metadata.get("format") != FORMAT or set(found) != set(FREE_AXES):
+        raise RecipeError(
+            f"'{path}' holds no tuned DAPO parameters of this version (format {metadata.get('format', 'unknown')!r})",
+            "Give a file that dapo-edge wrote, or a released .pth",
+        )
+    layers = json.loads(metadata["feature_layers"])
+    return DapoTensors(
+        **{name: tensor.float() for name, tensor in found.items()},
+        readout=cast(Literal["eot", "release"], metadata["readout"]),
+        feature_layers=tuple(layers) if layers else None,
+    )
+
+
+def _read_released(path: Path) -> DapoTensors:
+    # The released files carry two numpy float64 scalars; nothing else that is not a tensor is let in.
+    scalar: Any = getattr(np, "_core", None) or np.core  # type: ignore[attr-defined]
+    scalar = scalar.multiarray.scalar
+    harmless: list[Any] = [
+        (scalar, "numpy._core.multiarray.scalar"),
+        (scalar, "numpy.core.multiarray.scalar"),
+        np.dtype,
+        np.dtypes.Float64DType,
+    ]
+    try:
+        with torch.serialization.safe_globals(harmless):
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+        parts = {part: _first_of(saved, keys) for part, keys in RELEASED_KEYS.items()}
+        prompts, visual, adapter = parts["prompts"], parts["visual"], parts["adapter"]
+        return DapoTensors(
+            normal_context=prompts["learnable_normal_tokens"].float(),
+            abnormal_context=prompts["learnable_abnormal_tokens"].float(),
+            text_tokens=_stacked(prompts, "learnable_layer_tokens.{}"),
+            visual_tokens=visual["learnable_visual_tokens"].float(),
+            adapter_weight=_stacked(adapter, "fc.{}.weight"),
+            adapter_bias=_stacked(adapter, "fc.{}.bias"),
+            readout="release",
+            feature_layers=None,
+        )
+    except Exception as error:  # a pickle of unknown content fails in any way it likes
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RecipeError(
+            f"'{path}' is not a released DAPO checkpoint ({reason:.160})",
+            "It needs the parts prompt_learner, visual_prompt and linear_adapter, and nothing but tensors inside",
+        ) from error
+
+
+def _first_of(saved: Mapping[str, Any], keys: tuple[str, ...]) -> Mapping[str, Tensor]:
+    for key in keys:
+        if key in saved:
+            return saved[key]
+    raise KeyError(f"none of {', '.join(keys)}")
+
+
+def _stacked(part: Mapping[str, Tensor], pattern: str) -> Tensor:
+    rows = []
+    while pattern.format(len(rows)) in part:
+        rows.append(part[pattern.format(len(rows))].float())
+    if not rows:
+        raise KeyError(pattern.format(0))
+    return torch.stack(rows)

@@ -1,0 +1,211 @@
+"""DAPO: defect-aware prompt optimisation (arXiv 2512.09446; methods 1.2 and 1.3).
+
+One row of text per defect type, hybrid prompts, deep prompt tokens in both towers, one linear adapter per feature layer.
+Differences from the released code, on purpose: the map is the mean over feature layers (not the sum), and text is
+encoded once. `readout: release` keeps the released code's text read-out, for checkpoints tuned with it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from dapo_edge.config import Recipe, Section, parse_section
+from dapo_edge.errors import RecipeError
+from dapo_edge.models import checkpoints
+from dapo_edge.models.clip import Clip, ImageEncoder
+from dapo_edge.models.prompts import HybridPrompts, Readout
+from dapo_edge.prompt_bank import NORMAL, PromptBank
+
+
+class DapoOptions(Section):
+    """`options:` of a recipe with `method: dapo`; the defaults are the released configuration."""
+
+    groups: int = Field(10, ge=1, le=256, description="E, prompts that are averaged per row")
+    context_tokens: int = Field(5, ge=0, le=64, description="l, learnable tokens in front of the words")
+    text_depth: int = Field(12, ge=0, description="text blocks with deep tokens; capped at the tower's blocks")
+    text_tokens: int = Field(4, ge=0, le=64, description="deep tokens per text block")
+    visual_tokens: int = Field(4, ge=0, le=64, description="deep tokens per image block")
+    temperature: float = Field(0.07, gt=0)
+
+
+class Dapo(nn.Module):
+    """The method; its forward is what gets exported."""
+
+    align_corners = True
+
+    def __init__(
+        self,
+        clip: Clip,
+        tuned: checkpoints.DapoTensors | None = None,
+        *,
+        options: DapoOptions | None = None,
+        image_size: int | None = None,
+        feature_layers: tuple[int, ...] | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Untuned parameters are drawn with `seed`; `tuned` replaces all of them. Raises `RecipeError` on a misfit."""
+        super().__init__()
+        options = options or DapoOptions()
+        self.clip = clip
+        self.tuned = tuned is not None
+        self.readout: Readout = tuned.readout if tuned else "eot"
+        self.temperature = options.temperature
+        self.image_size = image_size or clip.image_size
+        self.feature_layers = _checked_layers(feature_layers or (tuned and tuned.feature_layers), clip)
+        drawn = _draw(clip, options, len(self.feature_layers), seed)
+        tensors = drawn if tuned is None else _fitting(tuned, drawn, clip, self.feature_layers)
+        self.prompts = HybridPrompts(tensors.normal_context, tensors.abnormal_context, tensors.text_tokens)
+        self.adapters = nn.ModuleList(
+            _linear(weight, bias) for weight, bias in zip(tensors.adapter_weight, tensors.adapter_bias, strict=True)
+        )
+        self.visual_tokens = nn.Parameter(tensors.visual_tokens)
+        self.encoder = ImageEncoder(
+            clip.visual, self.image_size, self.feature_layers, self.visual_tokens if self.visual_tokens.numel() else None
+        )
+        self.grid = self.encoder.grid
+        self.eval()
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, clip: Clip) -> Dapo:
+        """Make the method that a recipe asks for. Raises `RecipeError`."""
+        tuned = None if recipe.prompts.tuned is None else checkpoints.read(recipe.prompts.tuned)
+        wanted = recipe.prompts.readout
+        if tuned and wanted not in (None, tuned.readout):
+            raise RecipeError(
+                f"'{recipe.prompts.tuned}' was tuned with readout '{tuned.readout}', the recipe says '{wanted}'",
+                "Remove 'prompts.readout' from the recipe: the two give different text vectors",
+            )
+        method = cls(
+            clip,
+            tuned,
+            options=parse_section(DapoOptions, recipe.options, "recipe options"),
+            image_size=recipe.image_size,
+            feature_layers=recipe.feature_layers,
+            seed=recipe.seed,
+        )
+        method.readout = wanted or method.readout
+        return method
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised RGB [B, 3, S, S] to patch tokens after the adapters [B, L, N, D] and image embedding [B, D]."""
+        taps, embedding = self.encoder(image)
+        tokens = [adapter(tap) for adapter, tap in zip(self.adapters, taps, strict=True)]
+        return torch.stack(tokens, dim=1), embedding
+
+    def encoder_tensors(self) -> Iterator[Tensor]:
+        """Every weight that the exported encoder holds."""
+        yield from self.encoder.parameters()
+        yield from self.adapters.parameters()
+
+    @torch.no_grad()
+    def bank(self, recipe: Recipe) -> PromptBank:
+        """Encode the recipe's words into unit rows."""
+        phrases = [defect.phrase for defect in recipe.prompts.defects]
+        rows = self.prompts(self.clip, phrases, recipe.prompts.object, self.readout)
+        return PromptBank(
+            names=(NORMAL, *(defect.name for defect in recipe.prompts.defects)),
+            rows=rows.float().numpy(),
+            phrases=("flawless", *phrases),
+            origin={
+                "method": "dapo",
+                "backbone": self.clip.name,
+                "object": recipe.prompts.object,
+                "readout": self.readout,
+                "tuned": str(recipe.prompts.tuned.name) if recipe.prompts.tuned else "no",
+            },
+        )
+
+    def tensors(self) -> checkpoints.DapoTensors:
+        """Everything that tuning learns, detached."""
+        return checkpoints.DapoTensors(
+            normal_context=self.prompts.normal_context.detach(),
+            abnormal_context=self.prompts.abnormal_context.detach(),
+            text_tokens=self.prompts.text_tokens.detach(),
+            visual_tokens=self.visual_tokens.detach(),
+            adapter_weight=torch.stack([adapter.weight.detach() for adapter in self.adapters]),
+            adapter_bias=torch.stack([adapter.bias.detach() for adapter in self.adapters]),
+            readout=self.readout,
+            feature_layers=self.feature_layers,
+        )
+
+    def save(self, path: Path) -> None:
+        """Write the tuned parameters as safetensors."""
+        checkpoints.write(path, self.tensors(), {"backbone": self.clip.name, "image_size": json.dumps(self.image_size)})
+
+
+def _draw(clip: Clip, options: DapoOptions, taps: int, seed: int) -> checkpoints.DapoTensors:
+    """Untuned parameters. Adapters start at CLIP's own projection, so that patches and words share a space."""
+    generator = torch.Generator().manual_seed(seed)
+    prompts = HybridPrompts.drawn(
+        clip,
+        groups=options.groups,
+        context_tokens=options.context_tokens,
+        text_depth=min(options.text_depth, len(clip.text.transformer.resblocks)),
+        text_tokens=options.text_tokens,
+        generator=generator,
+    )
+    # The bound of visual prompt tuning as DAPO uses it: 14 x 14 whatever the patch size (methods 1.2).
+    bound = (6 / (3 * 14 * 14 + clip.width)) ** 0.5
+    visual = torch.empty(clip.layers, options.visual_tokens, clip.width).uniform_(-bound, bound, generator=generator)
+    return checkpoints.DapoTensors(
+        normal_context=prompts.normal_context.detach(),
+        abnormal_context=prompts.abnormal_context.detach(),
+        text_tokens=prompts.text_tokens.detach(),
+        visual_tokens=visual,
+        adapter_weight=clip.visual.proj.detach().T.float().repeat(taps, 1, 1),
+        adapter_bias=torch.zeros(taps, clip.dimensions),
+        readout="eot",
+        feature_layers=None,
+    )
+
+
+def _fitting(
+    tuned: checkpoints.DapoTensors, drawn: checkpoints.DapoTensors, clip: Clip, layers: tuple[int, ...]
+) -> checkpoints.DapoTensors:
+    """Check tuned tensors against the backbone; their own token counts are kept."""
+    if tuned.feature_layers not in (None, layers):
+        raise RecipeError(
+            f"the tuned file belongs to feature layers {list(tuned.feature_layers or ())}, the recipe names {list(layers)}",
+            "Remove 'feature_layers' from the recipe, or use the same",
+        )
+    problems = []
+    for name, free in checkpoints.FREE_AXES.items():
+        found, wanted = tuple(getattr(tuned, name).shape), tuple(getattr(drawn, name).shape)
+        if len(found) != len(wanted) or any(
+            a != b for axis, (a, b) in enumerate(zip(found, wanted, strict=True)) if axis not in free
+        ):
+            problems.append(f"{name} is {list(found)} where {list(wanted)} is expected")
+    if tuned.text_tokens.shape[0] > len(clip.text.transformer.resblocks):
+        problems.append("it has deep tokens for more text blocks than there are")
+    if problems:
+        raise RecipeError(
+            f"the tuned file does not fit {clip.name}: {'; '.join(problems)}", "Use the backbone that it was tuned with"
+        )
+    return tuned
+
+
+def _checked_layers(layers: tuple[int, ...] | None, clip: Clip) -> tuple[int, ...]:
+    if not layers:
+        return tuple(sorted({max(1, clip.layers * part // 4) for part in (1, 2, 3, 4)}))
+    if list(layers) != sorted(set(layers)) or not 1 <= layers[0] <= layers[-1] <= clip.layers:
+        raise RecipeError(
+            f"feature_layers {list(layers)} are not rising block numbers of {clip.name}",
+            f"Choose from 1 to {clip.layers}, each once, in rising order",
+        )
+    return tuple(layers)
+
+
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0])
+    with torch.no_grad():
+        linear.weight.copy_(weight)
+        linear.bias.copy_(bias)
+    return linear
+
+

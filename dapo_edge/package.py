@@ -1,0 +1,318 @@
+"""The engine package: a folder `<name>.dapo/` in which the workshop leaves what the line needs.
+
+Every file is verified by size and SHA-256 when the package is opened, and a package appears at its place complete or not
+at all. Nothing in it is a pickle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from dapo_edge.errors import DapoEdgeError, OutputError, PackageDamaged, PackageError, PackageIncompatible
+from dapo_edge.kernels.map_spec import MapSpec
+from dapo_edge.prompt_bank import PromptBank
+
+FORMAT = 1
+SUFFIX = ".dapo"
+MANIFEST, ENCODER, PROMPTS, THRESHOLDS, REPORT = (
+    "manifest.json",
+    "encoder.onnx",
+    "prompts.safetensors",
+    "thresholds.json",
+    "report.json",
+)
+_REBUILD = "Copy the package again from where it was built, or build it again: dapo-edge build RECIPE"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class FileEntry(_Part):
+    """One file of the package."""
+
+    sha256: str
+    size: int  # bytes
+
+
+class Preprocessing(_Part):
+    """How a BGR uint8 view becomes the encoder's input."""
+
+    mean: tuple[float, float, float]  # of RGB in [0, 1]
+    std: tuple[float, float, float]
+    resize: Literal["pillow-bicubic"]  # Pillow: resize(BICUBIC, reducing_gap=2.0), aspect ratio not kept
+
+
+class Manifest(_Part):
+    """`manifest.json`: what the package is and what belongs to it."""
+
+    format: int
+    name: str
+    method: str
+    backbone: str
+    weights: str  # where the backbone's weights come from
+    tuned: bool  # whether prompts and adapters were tuned
+    precision: Literal["fp32", "fp16"]
+    batch: int
+    image_size: int
+    feature_layers: tuple[int, ...]
+    dimensions: int  # D of patch tokens and bank rows
+    map_size: Literal["model", "frame"] | tuple[int, int]
+    map: MapSpec
+    preprocessing: Preprocessing
+    recipe: dict[str, Any]
+    versions: dict[str, str]
+    created: str  # ISO 8601, UTC
+    files: dict[str, FileEntry]
+
+    @field_validator("files")
+    @classmethod
+    def _inside(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
+        outside = [name for name in files if Path(name).name != name]
+        if outside:
+            raise ValueError(f"{outside[0]!r} is not the name of a file in the package")
+        missing = {ENCODER, PROMPTS, THRESHOLDS, REPORT} - files.keys()
+        if missing:
+            raise ValueError(f"{', '.join(sorted(missing))} does not belong to the package")
+        return files
+
+
+class Threshold(_Part):
+    """A limit above which something is not good, and how sure its false-reject rate is."""
+
+    value: float
+    false_reject_rate: float  # share of the good frames that lie above the value
+    confidence_95: tuple[float, float]  # Clopper-Pearson interval of that share
+
+
+class Thresholds(_Part):
+    """`thresholds.json`. `image` and `pixel` are None while the package is not calibrated."""
+
+    image: Threshold | None = None  # of the image score
+    pixel: Threshold | None = None  # of the anomaly map's maximum
+    source: str = "not calibrated"
+    frames: int = 0
+
+
+@dataclass(frozen=True)
+class EnginePackage:
+    """An opened, verified package."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | Path) -> EnginePackage:
+        """Open and verify. Raises `PackageError`, `PackageDamaged` or `PackageIncompatible`."""
+        path = Path(path)
+        if not (path / MANIFEST).is_file():
+            raise _not_a_package(path)
+        manifest = _read_manifest(path / MANIFEST)
+        for name, entry in manifest.files.items():
+            _verify(path / name, entry)
+        return cls(path, manifest)
+
+    @property
+    def encoder_path(self) -> Path:
+        """The portable encoder."""
+        return self.path / ENCODER
+
+    def bank(self) -> PromptBank:
+        """The prompt bank that the package was built with."""
+        bank = PromptBank.read(self.path / PROMPTS)
+        if bank.dimensions != self.manifest.dimensions:
+            raise PackageDamaged(
+                f"the prompt bank of '{self.path}' has {bank.dimensions} dimensions, its encoder "
+                f"{self.manifest.dimensions}",
+                _REBUILD,
+            )
+        return bank
+
+    def thresholds(self) -> Thresholds:
+        """Where the good parts end."""
+        return Thresholds.model_validate(self._json(THRESHOLDS))
+
+    def report(self) -> dict[str, Any]:
+        """What the accuracy gate measured at build time."""
+        return self._json(REPORT)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the manifest, and so over every file: names this very package."""
+        return _digest(json.loads((self.path / MANIFEST).read_bytes()))
+
+    def _json(self, name: str) -> dict[str, Any]:
+        return json.loads((self.path / name).read_text(encoding="utf-8"))
+
+
+class PackageWriter:
+    """Writes a package beside its destination and moves it into place at the end, or leaves no trace."""
+
+    def __init__(self, destination: Path) -> None:
+        self.destination = destination
+
+    def __enter__(self) -> PackageWriter:
+        if self.destination.exists() and not (self.destination / MANIFEST).is_file():
+            raise OutputError(
+                f"'{self.destination}' exists and is not an engine package", "Name another place with -o, or move it away"
+            )
+        with writing_to(self.destination):
+            self.destination.parent.mkdir(parents=True, exist_ok=True)
+            self._remove_leftovers()
+            prefix = f".{self.destination.name}.building-{os.getpid()}-"
+            self.folder = Path(tempfile.mkdtemp(prefix=prefix, dir=self.destination.parent))
+            self.folder.chmod(0o755)  # mkdtemp is private; a package is read by the service that runs it
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Add one file."""
+        with writing_to(self.folder / name):
+            (self.folder / name).write_bytes(data)
+
+    def draft(self, fields: dict[str, Any]) -> EnginePackage:
+        """The package as it stands now, to be run before it is committed."""
+        files = {path.name: _entry(path) for path in sorted(self.folder.iterdir())}
+        return EnginePackage(self.folder, Manifest(format=FORMAT, files=files, **fields))
+
+    def commit(self, fields: dict[str, Any]) -> EnginePackage:
+        """Write the manifest over all files that are there now, and move the package into place."""
+        manifest = self.draft(fields).manifest
+        content = manifest.model_dump(mode="json")
+        with writing_to(self.destination):
+            text = json.dumps({**content, "digest": _digest(content)}, indent=2, ensure_ascii=False)
+            (self.folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+            for path in [*self.folder.iterdir(), self.folder]:
+                _sync(path)
+            self._move_into_place()
+        return EnginePackage(self.destination, manifest)
+
+    def _move_into_place(self) -> None:
+        if not self.destination.exists():
+            self.folder.rename(self.destination)
+        elif not _exchange(self.folder, self.destination):
+            previous = self.folder.with_suffix(".previous")
+            self.destination.rename(previous)
+            try:
+                self.folder.rename(self.destination)
+            except BaseException:
+                previous.rename(self.destination)
+                raise
+            shutil.rmtree(previous, ignore_errors=True)
+        _sync(self.destination.parent)
+
+    def _remove_leftovers(self) -> None:
+        """Remove what builds of the same package left behind when they were killed."""
+        for folder in self.destination.parent.glob(f".{self.destination.name}.building-*"):
+            owner = folder.name.rpartition(".building-")[2].partition("-")[0]
+            if owner.isdigit() and not Path(f"/proc/{owner}").exists() and Path("/proc/self").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two folders in one step (Linux renameat2), so that there is never a moment without a package."""
+    exchange, here = 2, -100
+    function = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    return function is not None and function(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+@contextlib.contextmanager
+def writing_to(path: Path) -> Iterator[None]:
+    """Turn an operating system's refusal to write into an `OutputError` that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        remedies = {
+            errno.ENOSPC: "Free some space, or write to another disk",
+            errno.EDQUOT: "Free some of your quota, or write to another disk",
+            errno.EROFS: "The disk is mounted read-only; write to another place",
+        }
+        raise OutputError(
+            f"'{path}' can't be written ({error.strerror or error})",
+            remedies.get(error.errno or 0, "Check the folder and its permissions, or choose another place"),
+        ) from error
+
+
+def _not_a_package(path: Path) -> DapoEdgeError:
+    if path.is_file():
+        return PackageError(f"'{path}' is a file, an engine package is a folder", "Unpack it first: unzip FILE")
+    if path.is_dir():
+        return PackageError(f"'{path}' is not an engine package: it has no {MANIFEST}", _REBUILD)
+    folder = path.parent if path.parent.is_dir() else Path()
+    there = ", ".join(sorted(str(other) for other in folder.glob(f"*{SUFFIX}"))) or "none here yet"
+    return PackageError(f"there is no engine package '{path}'", f"Packages in that folder: {there}")
+
+
+def _read_manifest(path: Path) -> Manifest:
+    try:
+        content = json.loads(path.read_bytes())
+        version = content["format"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise PackageDamaged(f"'{path}' can't be read ({type(error).__name__}: {error})", _REBUILD) from error
+    if not isinstance(version, int) or version > FORMAT:
+        raise PackageIncompatible(
+            f"'{path.parent}' has package format {version}, this dapo-edge reads up to {FORMAT}",
+            "Update dapo-edge: pip install --upgrade dapo-edge",
+        )
+    if content.pop("digest", None) != _digest(content):
+        raise PackageDamaged(f"'{path}' was edited or truncated after the build", _REBUILD)
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise PackageDamaged(f"'{path}': {'.'.join(map(str, first['loc']))}: {first['msg']}", _REBUILD) from error
+
+
+def _verify(path: Path, entry: FileEntry) -> None:
+    try:
+        size = path.stat().st_size
+        if size != entry.size:
+            raise PackageDamaged(f"'{path}' has {size} bytes instead of {entry.size}: it was truncated or edited", _REBUILD)
+        found = _entry(path)
+    except FileNotFoundError as error:
+        raise PackageDamaged(f"'{path}' is missing", _REBUILD) from error
+    except OSError as error:
+        raise PackageError(f"'{path}' can't be read ({error.strerror})", "Check its permissions") from error
+    if found.sha256 != entry.sha256:
+        raise PackageDamaged(f"'{path}' is not the file of the build: its SHA-256 differs", _REBUILD)
+
+
+def _entry(path: Path) -> FileEntry:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return FileEntry(sha256=digest.hexdigest(), size=path.stat().st_size)
+
+
+def _digest(content: dict[str, Any]) -> str:
+    content = {key: value for key, value in content.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Wait until the data is on the disk: a power cut after the rename must not leave empty files."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

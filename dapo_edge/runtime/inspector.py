@@ -1,0 +1,104 @@
+"""The Inspector: a package opened for work, one frame in, one inspection out."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import Self
+
+from dapo_edge.backends.base import Backend, MapSize, backend_class
+from dapo_edge.errors import FrameError
+from dapo_edge.package import EnginePackage
+from dapo_edge.prompt_bank import PromptBank
+from dapo_edge.runtime.decide import decide, find_regions
+from dapo_edge.structures import DefectMap, Frame, Inspection
+
+MIN_SIDE_PX = 16
+MAX_PIXELS = 100_000_000
+
+
+class Inspector:
+    """Inspects frames with an engine package. Use it as a context manager; one thread at a time."""
+
+    def __init__(
+        self,
+        package: EnginePackage | str | Path,
+        *,
+        backend: str = "openvino",
+        map_size: MapSize | None = None,
+        precision: str | None = None,
+    ) -> None:
+        """Open and verify a package, and load its encoder.
+
+        `map_size` overrides the package's: "model", "frame" or (width, height). `precision` overrides its precision.
+        """
+        package = package if isinstance(package, EnginePackage) else EnginePackage.open(package)
+        kind = backend_class(backend)
+        self._setup(package, kind.open(package, map_size=map_size or package.manifest.map_size, precision=precision))
+
+    @classmethod
+    def on(cls, package: EnginePackage, backend: Backend) -> Self:
+        """An inspector over a backend that is already open: the eager reference, or a fake."""
+        inspector = cls.__new__(cls)
+        inspector._setup(package, backend)
+        return inspector
+
+    def _setup(self, package: EnginePackage, backend: Backend) -> None:
+        self.package = package
+        self.backend = backend
+        self.thresholds = package.thresholds()
+
+    def inspect(self, image: Frame | NDArray[Any]) -> Inspection:
+        """Inspect one BGR image [H, W, 3] uint8 (or grey [H, W]). Raises `FrameError` when it can't be one."""
+        started = time.perf_counter()
+        view = checked_view(image.image if isinstance(image, Frame) else image)
+        bank = self.backend.bank
+        batch = self.backend.infer([view])
+        decided = time.perf_counter()
+        anomaly, score = batch.anomaly[0], float(batch.image_scores[0])
+        size = (view.shape[1], view.shape[0])
+        pixel = self.thresholds.pixel
+        regions = () if pixel is None else find_regions(
+            anomaly, batch.patch_probs[0], bank.names, self.package.manifest.map, pixel.value, size
+        )  # fmt: skip
+        verdict = decide(score, float(anomaly.max()), self.thresholds)
+        finished = time.perf_counter()
+        ms = {**batch.stage_ms, "decide": (finished - decided) * 1e3, "total": (finished - started) * 1e3}
+        return Inspection(score, verdict, DefectMap(anomaly, batch.types[0], bank.names), regions, size, ms)
+
+    def set_bank(self, bank: PromptBank) -> None:
+        """Use other words from the next frame on; the engine stays as it is."""
+        self.backend.set_bank(bank)
+
+    def close(self) -> None:
+        """Free the engine."""
+        self.backend.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def checked_view(image: NDArray[Any]) -> NDArray[np.uint8]:
+    """Any camera picture as BGR uint8 [H, W, 3], or a `FrameError` that says why not."""
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
+        found = f"{image.dtype} array" if isinstance(image, np.ndarray) else type(image).__name__
+        raise FrameError(f"a frame must be a uint8 array, not {found}", "Scale it to 0..255 first, by a fixed factor")
+    if image.ndim == 2:
+        image = np.repeat(image[:, :, None], 3, axis=2)
+    if image.ndim != 3 or image.shape[2] not in (1, 3, 4):
+        raise FrameError(f"a frame must be [H, W, 3] BGR or [H, W] grey, not {list(image.shape)}", "Convert it first")
+    height, width = image.shape[:2]
+    if min(height, width) < MIN_SIDE_PX or height * width > MAX_PIXELS:
+        raise FrameError(
+            f"a frame of {width} x {height} px can't be inspected",
+            f"Give at least {MIN_SIDE_PX} px per side and at most {MAX_PIXELS // 10**6} million pixels",
+        )
+    channels = image.shape[2]
+    return np.repeat(image, 3, axis=2) if channels == 1 else image[:, :, :3]

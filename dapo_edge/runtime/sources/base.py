@@ -1,0 +1,121 @@
+"""The contract of a source: open it, read frames one after the other, close it.
+
+A new kind of source is one file with one subclass of `Source` and one line in `SOURCES`. The subclass is made from the
+URI alone, does nothing until `_open`, and fills in three methods; state, errors of use and iteration are handled here.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from types import TracebackType
+
+from dapo_edge.errors import FrameError, SourceError
+from dapo_edge.runtime.sources.uri import Address, redact, split
+from dapo_edge.structures import Frame
+
+MIN_SIDE_PX = 16  # below this no patch of any encoder is filled: a thumbnail or a damaged header
+MAX_PIXELS = 100_000_000  # 300 MB as BGR; above, one picture could take the memory of a whole device
+
+
+@dataclass(frozen=True)
+class Properties:
+    """What is known about a source once it is open. None: unknown, or not the same for all frames."""
+
+    uri: str  # without credentials
+    width: int | None = None  # pixels
+    height: int | None = None  # pixels
+    fps: float | None = None  # frames per second
+    length: int | None = None  # frames; None also for a source without end
+    live: bool = False  # frames come at their own pace, whether they are read or not
+
+
+class Source(ABC):
+    """Frames from one place. One thread reads; `close` may come from another one."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = redact(uri)  # for messages and frames
+        self._full_uri = uri  # with credentials: never print it
+        self._properties: Properties | None = None
+        self._ended = False
+
+    @property
+    def properties(self) -> Properties:
+        """What is known about the source, which must be open."""
+        if self._properties is None:
+            raise SourceError(f"the source '{self.uri}' is not open", "Use it inside 'with', or call open() first")
+        return self._properties
+
+    def open(self) -> Source:
+        """Get ready to read from the first frame; does nothing when already open."""
+        if self._properties is None:
+            self._ended = False
+            try:
+                self._properties = self._open()
+            except BaseException:
+                self._close()
+                raise
+        return self
+
+    def read(self) -> Frame | None:
+        """The next frame, or None after the last one.
+
+        `FrameError`: this frame can't be used and counts as failed; the next call goes on with the frame after it.
+        Any other `SourceError`: the source broke down, and the next call returns None.
+        """
+        if self.properties and self._ended:
+            return None
+        try:
+            frame = self._read()
+        except SourceError as error:
+            self._ended = not isinstance(error, FrameError)
+            raise
+        self._ended = frame is None
+        return frame
+
+    def close(self) -> None:
+        """Let go of the device or file. Safe to call twice, and before `open`."""
+        if self._properties is not None:
+            self._properties = None
+            self._close()
+
+    def __enter__(self) -> Source:
+        return self.open()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __iter__(self) -> Source:
+        # Not a generator: after a FrameError, a second `for` over the same source goes on with the next frame.
+        return self
+
+    def __next__(self) -> Frame:
+        frame = self.read()
+        if frame is None:
+            raise StopIteration
+        return frame
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.uri}>"
+
+    @property
+    def _address(self) -> Address:
+        """The parts of the URI, credentials included."""
+        address = split(self._full_uri)
+        if address is None:
+            raise SourceError(f"'{self.uri}' is not a URI", "Use open_source(), which also takes plain paths")
+        return address
+
+    @abstractmethod
+    def _open(self) -> Properties:
+        """Acquire everything, or raise `SourceError`."""
+
+    @abstractmethod
+    def _read(self) -> Frame | None:
+        """The next frame, None after the last one; see `read` for errors."""
+
+    @abstractmethod
+    def _close(self) -> None:
+        """Release what `_open` acquired, also when it failed half-way."""

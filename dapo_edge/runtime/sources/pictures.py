@@ -1,0 +1,113 @@
+"""One image file to one BGR picture, by fixed rules, so that equal files always give equal pixels.
+
+Nothing depends on the data: a stretch to the darkest and brightest pixel would make a defect change the whole picture.
+"""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dapo_edge.errors import FrameError
+from dapo_edge.runtime.sources.base import MAX_PIXELS, MIN_SIDE_PX
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "PPM", "WEBP")
+EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
+SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+SHIFT_BITS = 8  # 16-bit grey to 8-bit
+
+
+def read_image(path: str | Path) -> NDArray[np.uint8]:
+    """The picture in an image file as [H, W, 3] uint8 BGR, or a `FrameError` that says what is wrong with the file.
+
+    EXIF orientation is applied, grey is replicated, 16-bit grey loses its lower 8 bits. Of a file with several
+    pictures the first one is taken. Alpha is dropped, not blended: there is no background to blend with that belongs
+    to the part, and a defect below a transparent pixel must stay visible.
+    """
+    path = Path(path)
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise FrameError(f"'{path}' is not a regular file", "Give the path of an image file")
+        if status.st_size == 0:
+            raise FrameError(f"the image '{path}' is empty (0 bytes)", "Write the file again")
+        with path.open("rb") as file:
+            return _decode(file, path)
+    except FrameError:
+        raise
+    except MemoryError as error:
+        raise FrameError(f"the image '{path}' does not fit into memory", "Use a smaller image") from error
+    except FileNotFoundError as error:
+        raise FrameError(f"the image '{path}' does not exist", "Check the path") from error
+    except PermissionError as error:
+        raise FrameError(f"the image '{path}' can't be read ({error.strerror})", "Check its permissions") from error
+    except Exception as error:  # on damaged data decoders raise nearly anything: struct.error, KeyError, ValueError ...
+        cause = f"the image '{path}' can't be decoded ({error})"
+        raise FrameError(cause, "It is truncated or damaged: write the file again") from error
+
+
+def _decode(file: IO[bytes], path: Path) -> NDArray[np.uint8]:
+    """[H, W, 3] uint8 BGR."""
+    from PIL import ImageOps
+
+    image = _identify(file)
+    if image is None:
+        cause = f"'{path}' is not an image of a known format"
+        raise FrameError(cause, f"Known formats: {', '.join(FORMATS)}")
+    _check_size(image.size, path)
+    if image.mode not in EIGHT_BIT_MODES + SIXTEEN_BIT_MODES:
+        cause = f"the image '{path}' has pixels of mode '{image.mode}', which have no fixed range"
+        raise FrameError(cause, "Save it with 8 bits per channel, or as 16-bit grey")
+    image.load()
+    # The colour table's transparency is dropped like any alpha; left there, Pillow warns about it.
+    image.info.pop("transparency", None)
+    return _to_bgr(ImageOps.exif_transpose(image), path)
+
+
+def _identify(file: IO[bytes]) -> Image | None:
+    """The image with its header read and its pixels not, or None when no format claims it.
+
+    `Image.open` does the same and then warns above 89 million pixels, which has to be turned off for the whole process
+    or not at all. The limit here is checked by the caller, so the formats are asked directly.
+    """
+    from PIL import Image
+
+    Image.init()
+    prefix = file.read(16)
+    for name in FORMATS:
+        factory, accept = Image.OPEN[name]
+        if accept is None or accept(prefix) is True:
+            file.seek(0)
+            return factory(file, "")
+    return None
+
+
+def _check_size(size: tuple[int, int], path: Path) -> None:
+    """Refuse by the header alone, before memory is taken for pixels."""
+    width, height = size
+    if min(size) < MIN_SIDE_PX:
+        cause = f"the image '{path}' is {width}x{height}, too small to inspect"
+        raise FrameError(cause, f"Use at least {MIN_SIDE_PX} pixels on each side")
+    if width * height > MAX_PIXELS:
+        cause = f"the image '{path}' is {width}x{height}, more than {MAX_PIXELS} pixels"
+        raise FrameError(cause, f"Cut it into parts of at most {MAX_PIXELS} pixels")
+
+
+def _to_bgr(image: Image, path: Path) -> NDArray[np.uint8]:
+    """[H, W, 3] uint8 BGR."""
+    if image.mode in SIXTEEN_BIT_MODES:
+        wide = np.asarray(image)  # [H, W] uint16, or int32 for mode I
+        if wide.min() < 0 or wide.max() > 0xFFFF:
+            cause = f"the image '{path}' has 32-bit values beyond 16 bits"
+            raise FrameError(cause, "Save it as 16-bit grey")
+        grey = (wide >> SHIFT_BITS).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    rgb = np.asarray(image.convert("RGB"))  # [H, W, 3]
+    return np.ascontiguousarray(rgb[..., ::-1])

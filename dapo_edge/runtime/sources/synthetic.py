@@ -1,0 +1,130 @@
+"""A camera that needs no hardware: the generated conveyor belt of `dapo_edge.data.belt`, with the truth on every frame."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from dapo_edge.errors import RecipeError, SourceError
+from dapo_edge.runtime.sources.base import Properties, Source
+from dapo_edge.runtime.sources.uri import Option, options
+from dapo_edge.structures import Frame
+
+EXAMPLE = "synthetic://640x480@30?seed=0&frames=200&realtime=1&good=0.5"
+MIN_SIDE_PX = 64  # the smallest belt that shows a part
+MAX_SIDE_PX = 8192
+MAX_FPS = 1000.0
+MAX_COUNT = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the address asks for."""
+
+    width: int = 640
+    height: int = 480
+    fps: float = 30.0
+    seed: int = 0
+    frames: int | None = None  # None: without end
+    realtime: bool = False  # False: frames come as fast as they are asked for
+    good: float = 0.5  # share of parts without a defect
+
+
+def _count(lowest: int, text: str) -> int:
+    if not re.fullmatch("[0-9]{1,19}", text) or not lowest <= int(text) <= MAX_COUNT:
+        raise ValueError(text)
+    return int(text)
+
+
+def _share(text: str) -> float:
+    if not re.fullmatch(r"[0-9]*\.?[0-9]+", text) or float(text) > 1:
+        raise ValueError(text)
+    return float(text)
+
+
+def _switch(text: str) -> bool:
+    if text not in ("0", "1"):
+        raise ValueError(text)
+    return text == "1"
+
+
+OPTIONS = {
+    "seed": Option(lambda text: _count(0, text), "a whole number from 0"),
+    "frames": Option(lambda text: _count(1, text), "a whole number from 1; leave it out for no end"),
+    "realtime": Option(_switch, "0 or 1"),
+    "good": Option(_share, "the share of good parts, from 0 to 1"),
+}
+
+
+class SyntheticSource(Source):
+    """`synthetic://WIDTHxHEIGHT@FPS?seed=&frames=&realtime=&good=`, all of it optional.
+
+    With `realtime=1` frame i comes i/FPS seconds after the first one. None is left out: a reader that is late gets
+    the due ones at once. Otherwise timestamps are the moment of opening plus i/FPS.
+    """
+
+    def __init__(self, uri: str) -> None:
+        super().__init__(uri)
+        self._settings = Settings()
+        self._belt: Any = None
+        self._index = 0
+        self._start_ns = 0  # wall clock at opening
+        self._due_s = 0.0  # monotonic clock of the first frame
+        self._closed = threading.Event()
+
+    def _open(self) -> Properties:
+        from dapo_edge.data.belt import Belt
+
+        settings = self._settings = self._parse()
+        size = (settings.width, settings.height)
+        try:
+            self._belt = Belt(size, settings.fps, seed=settings.seed, good_share=settings.good)
+        except RecipeError as error:
+            raise SourceError(f"'{self.uri}' can't be drawn: {error.cause}", error.remedy) from error
+        self._index, self._start_ns, self._due_s = 0, time.time_ns(), 0.0
+        self._closed.clear()
+        return Properties(self.uri, *size, settings.fps, settings.frames, settings.realtime)
+
+    def _parse(self) -> Settings:
+        address = self._address
+        match = re.fullmatch(r"(?:([0-9]{1,6})[xX]([0-9]{1,6}))?(?:@([0-9]*\.?[0-9]+))?/?", address.body)
+        if match is None:
+            raise SourceError(f"'{self.uri}' gives no size that can be read", f"Write it like {EXAMPLE}")
+        asked = {name: int(text) for name, text in zip(("width", "height"), match.groups()) if text}
+        settings = Settings(**asked, fps=float(match[3] or Settings.fps), **options(self.uri, address.query, OPTIONS))
+        sides = (settings.width, settings.height)
+        if min(sides) < MIN_SIDE_PX or max(sides) > MAX_SIDE_PX:
+            raise SourceError(f"'{self.uri}' has a side out of range", f"Use {MIN_SIDE_PX} to {MAX_SIDE_PX} pixels")
+        if not 0 < settings.fps <= MAX_FPS:
+            remedy = f"Use more than 0 and at most {MAX_FPS:g} frames per second"
+            raise SourceError(f"'{self.uri}' has a frame rate out of range", remedy)
+        return settings
+
+    def _read(self) -> Frame | None:
+        settings, index = self._settings, self._index
+        if index == settings.frames:
+            return None
+        belt = self._belt
+        if belt is None:  # closed by another thread
+            return None
+        picture = belt.frame(index)
+        timestamp_ns = self._start_ns + round(index * 1e9 / settings.fps)
+        if settings.realtime:
+            if not self._wait_until_due(index):
+                return None
+            timestamp_ns = time.time_ns()
+        self._index += 1
+        return Frame(picture.image, index, timestamp_ns, self.uri, picture.truth)
+
+    def _wait_until_due(self, index: int) -> bool:
+        """Wait for frame `index`; False when the source was closed meanwhile."""
+        if index == 0:
+            self._due_s = time.monotonic()  # after drawing the first picture, which takes longest
+        return not self._closed.wait(max(0.0, self._due_s + index / self._settings.fps - time.monotonic()))
+
+    def _close(self) -> None:
+        self._closed.set()
+        self._belt = None

@@ -1,0 +1,134 @@
+"""Frames of a video file, decoded by OpenCV.
+
+A damaged stretch gives one `FrameError` per lost frame, so that indices and times stay right after it. A file that ends
+well before the length in its header gives one `SourceError` at the break: the rest is missing, which is not the end.
+FFmpeg's own remarks on stderr stay, because its level can only be set for the whole process: OPENCV_FFMPEG_LOGLEVEL=-8.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dapo_edge.errors import FrameError, SourceError
+from dapo_edge.extras import require
+from dapo_edge.runtime.sources.base import MAX_PIXELS, MIN_SIDE_PX, Properties, Source
+from dapo_edge.runtime.sources.uri import check_path, options, path_of, uri_of
+from dapo_edge.structures import Frame
+
+VIDEO_EXTENSIONS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv")
+LOOKAHEAD = 100  # frames that may be lost in a row before the rest counts as missing
+FALLBACK_FPS = 25.0  # for timestamps of a file that tells neither positions nor a rate
+_LOG_LOCK = threading.Lock()
+
+
+def missing_is_normal(length: int) -> int:
+    """Frames by which a file may fall short: many containers only announce duration times frame rate."""
+    return max(5, length // 50)
+
+
+class VideoSource(Source):
+    """`file:///path/video.mp4`. Timestamps are the moment of opening plus the frame's position in the file."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__(uri)
+        self._capture: Any = None
+        self._start_ns = 0
+        self._index = 0
+        self._lost = 0  # frames to report as failed before `_after_gap`
+        self._after_gap: NDArray[np.uint8] | None = None
+
+    def _open(self) -> Properties:
+        options(self.uri, self._address.query, {})
+        path = path_of(self._address.body)
+        check_path(path, "video")
+        if not path.is_file():
+            raise SourceError(f"'{path}' is not a video file", f"A folder of images is opened as {uri_of('dir', path)}")
+        if path.stat().st_size == 0:
+            raise SourceError(f"the video '{path}' is empty (0 bytes)", "Write the file again")
+        cv2 = require("cv2")
+        with _quiet(cv2):
+            self._capture = cv2.VideoCapture(str(path.absolute()))
+        if not self._capture.isOpened():
+            cause = f"the video '{path}' can't be opened: it is damaged, cut off, or of a kind this OpenCV can't decode"
+            raise SourceError(cause, "Try to play it with another program; H.264 in .mp4 and MJPG in .avi work")
+        self._start_ns, self._index, self._lost, self._after_gap = time.time_ns(), 0, 0, None
+        return self._announced(cv2)
+
+    def _announced(self, cv2: Any) -> Properties:
+        """What the file's header says."""
+        width = int(self._capture.get(cv2.CAP_PROP_FRAME_WIDTH))
+        height = int(self._capture.get(cv2.CAP_PROP_FRAME_HEIGHT))
+        if min(width, height) < MIN_SIDE_PX or width * height > MAX_PIXELS:
+            cause = f"the video '{self.uri}' is {width}x{height}"
+            raise SourceError(cause, f"Use at least {MIN_SIDE_PX} pixels on each side and at most {MAX_PIXELS} in all")
+        fps = float(self._capture.get(cv2.CAP_PROP_FPS))
+        length = int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT))
+        return Properties(
+            uri=self.uri,
+            width=width,
+            height=height,
+            fps=fps if math.isfinite(fps) and fps > 0 else None,
+            length=length if length > 0 else None,
+        )
+
+    def _read(self) -> Frame | None:
+        if self._lost:
+            return self._fail_one()
+        image, self._after_gap = self._after_gap, None
+        if image is None:
+            done, image = self._capture.read()
+            if not done:
+                return self._gap()
+        index, self._index = self._index, self._index + 1
+        return Frame(image, index, self._start_ns + self._position_ns(index), self.uri)
+
+    def _gap(self) -> Frame | None:
+        """Find out whether a failed read is the end, a damaged stretch, or the file's breaking off."""
+        length = self.properties.length
+        if length is None or self._index >= length:
+            return None
+        for lost in range(1, LOOKAHEAD + 1):
+            done, image = self._capture.read()
+            if done:
+                self._lost, self._after_gap = lost, image
+                return self._fail_one()
+        if length - self._index <= missing_is_normal(length):
+            return None
+        cause = f"the video '{self.uri}' breaks off after {self._index} of {length} frames"
+        raise SourceError(cause, "The frames up to there are fine; record or copy the file again for the rest")
+
+    def _fail_one(self) -> Frame | None:
+        index, self._index, self._lost = self._index, self._index + 1, self._lost - 1
+        raise FrameError(f"frame {index} of the video '{self.uri}' is damaged", "Record or copy the file again")
+
+    def _position_ns(self, index: int) -> int:
+        """The time of the frame just decoded within the file, in nanoseconds."""
+        position_ms = float(self._capture.get(require("cv2").CAP_PROP_POS_MSEC))
+        if math.isfinite(position_ms) and (position_ms > 0 or index == 0):
+            return max(0, int(position_ms * 1e6))
+        return int(index * 1e9 / (self.properties.fps or FALLBACK_FPS))
+
+    def _close(self) -> None:
+        if self._capture is not None:
+            self._capture.release()
+            self._capture = None
+
+
+@contextmanager
+def _quiet(cv2: Any) -> Iterator[None]:
+    """Hold back OpenCV's warnings: what they say becomes an exception. The lock keeps two openings from swapping levels."""
+    logging = cv2.utils.logging
+    with _LOG_LOCK:
+        level = logging.setLogLevel(logging.LOG_LEVEL_SILENT)
+        try:
+            yield
+        finally:
+            logging.setLogLevel(level)
