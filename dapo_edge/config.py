@@ -29,7 +29,9 @@ class Backbone(Section):
     """Which CLIP sees and reads."""
 
     model: str = Field(description="an open_clip model name, a bundled one (surface-tiny), or a model config (.json)")
-    pretrained: str | None = Field(None, description="open_clip's tag of the weights, e.g. openai; null = seeded weights")
+    pretrained: str | None = Field(
+        None, description="open_clip's tag of the weights, e.g. openai; null = seeded weights"
+    )
     checkpoint: Path | None = Field(None, description="a local weights file instead of a pretrained tag")
 
     @model_validator(mode="after")
@@ -117,11 +119,17 @@ class Gate(Section):
 class Recipe(Section):
     """Everything that `dapo-edge build` needs to make an engine package."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the package: letters, digits, . _ -")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the package: letters, digits, . _ -"
+    )
     method: str = Field("dapo", description="how prompts and maps are made")
     backbone: Backbone
-    image_size: int | None = Field(None, ge=16, le=4096, description="side of the model's input in px; null = the model's")
-    feature_layers: tuple[int, ...] | None = Field(None, description="blocks that are tapped, from 1; null = four evenly")
+    image_size: int | None = Field(
+        None, ge=16, le=4096, description="side of the model's input in px; null = the model's"
+    )
+    feature_layers: tuple[int, ...] | None = Field(
+        None, description="blocks that are tapped, from 1; null = four evenly"
+    )
     options: dict[str, Any] = Field(default_factory=dict, description="options of the method")
     prompts: Prompts
     map: Map = Map()

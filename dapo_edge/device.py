@@ -9,7 +9,17 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
-RUNTIMES = ("numpy", "opencv-python-headless", "opencv-python", "openvino", "torch", "open_clip_torch", "onnx", "tensorrt", "pycuda")
+RUNTIMES = (
+    "numpy",
+    "opencv-python-headless",
+    "opencv-python",
+    "openvino",
+    "torch",
+    "open_clip_torch",
+    "onnx",
+    "tensorrt",
+    "pycuda",
+)
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,16 @@
 """Every error that dapo-edge raises on purpose. The message names the cause, then the remedy.
 
-    DapoEdgeError                exit 1    a run-time error
-    ├── BackendError                       an inference runtime refused or failed
-    ├── OutputError                        a result can't be written (folder, permission, disk full)
-    ├── RecipeError              exit 2    a recipe, an option or an argument is wrong
-    ├── PackageError             exit 3    an engine package can't be used
-    │   ├── PackageDamaged                 a file is missing, truncated or edited
-    │   └── PackageIncompatible            made by a newer dapo-edge, or for another target
-    ├── GateError                exit 4    a compiled precision failed the accuracy gate
-    ├── SourceError              exit 5    a camera, video or folder can't be opened
-    │   └── FrameError                     one frame can't be used; the frames after it can
-    └── DependencyMissing        exit 7    an optional package, or downloadable weights, are not there
+DapoEdgeError                exit 1    a run-time error
+├── BackendError                       an inference runtime refused or failed
+├── OutputError                        a result can't be written (folder, permission, disk full)
+├── RecipeError              exit 2    a recipe, an option or an argument is wrong
+├── PackageError             exit 3    an engine package can't be used
+│   ├── PackageDamaged                 a file is missing, truncated or edited
+│   └── PackageIncompatible            made by a newer dapo-edge, or for another target
+├── GateError                exit 4    a compiled precision failed the accuracy gate
+├── SourceError              exit 5    a camera, video or folder can't be opened
+│   └── FrameError                     one frame can't be used; the frames after it can
+└── DependencyMissing        exit 7    an optional package, or downloadable weights, are not there
 """
 
 from __future__ import annotations

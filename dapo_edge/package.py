@@ -1,7 +1,7 @@
 """The engine package: a folder `<name>.dapo/` in which the workshop leaves what the line needs.
 
-Every file is verified by size and SHA-256 when the package is opened, and a package appears at its place complete or not
-at all. Nothing in it is a pickle.
+Every file is verified by size and SHA-256 when the package is opened. A package appears at its place complete or not at
+all. Nothing in it is a pickle.
 """
 
 from __future__ import annotations
@@ -169,7 +169,8 @@ class PackageWriter:
     def __enter__(self) -> PackageWriter:
         if self.destination.exists() and not (self.destination / MANIFEST).is_file():
             raise OutputError(
-                f"'{self.destination}' exists and is not an engine package", "Name another place with -o, or move it away"
+                f"'{self.destination}' exists and is not an engine package",
+                "Name another place with -o, or move it away",
             )
         with writing_to(self.destination):
             self.destination.parent.mkdir(parents=True, exist_ok=True)
@@ -286,7 +287,9 @@ def _verify(path: Path, entry: FileEntry) -> None:
     try:
         size = path.stat().st_size
         if size != entry.size:
-            raise PackageDamaged(f"'{path}' has {size} bytes instead of {entry.size}: it was truncated or edited", _REBUILD)
+            raise PackageDamaged(
+                f"'{path}' has {size} bytes instead of {entry.size}: it was truncated or edited", _REBUILD
+            )
         found = _entry(path)
     except FileNotFoundError as error:
         raise PackageDamaged(f"'{path}' is missing", _REBUILD) from error

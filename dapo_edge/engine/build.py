@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dapo_edge import __version__
-from dapo_edge.backends.base import Backend, View
+from dapo_edge.backends.base import View
 from dapo_edge.calibration.thresholds import threshold_at
 from dapo_edge.config import Recipe
 from dapo_edge.device import cpu_name
@@ -69,7 +69,9 @@ def build(
     with PackageWriter(destination) as writer:
         on_progress("loading the backbone", 0, 1)
         backbone = recipe.backbone
-        clip = load_clip(backbone.model, pretrained=backbone.pretrained, checkpoint=backbone.checkpoint, seed=recipe.seed)
+        clip = load_clip(
+            backbone.model, pretrained=backbone.pretrained, checkpoint=backbone.checkpoint, seed=recipe.seed
+        )
         method = kind.from_recipe(recipe, clip)
         on_progress("encoding the words", 0, 1)
         job = _Job(recipe, method, method.bank(recipe), _map_spec(recipe, method), on_progress)

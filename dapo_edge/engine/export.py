@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections import Counter
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -37,7 +38,7 @@ def export_encoder(method: Method, path: Path, batch: int = 1) -> None:
         logging.disable(logging.WARNING)
         try:
             torch.onnx.export(
-                method,
+                cast(torch.nn.Module, method),
                 (image,),
                 str(path),
                 opset_version=OPSET,
@@ -72,7 +73,7 @@ def _check_graph(method: Method, path: Path, batch: int) -> None:
     if operators["LayerNormalization"] != norms or operators["ReduceMean"]:
         # A decomposed LayerNorm overflows silently in FP16.
         raise BackendError(
-            f"the exported encoder has {operators['LayerNormalization']} LayerNormalization operators instead of {norms}",
+            f"the exported encoder has {operators['LayerNormalization']} LayerNormalization operators, not {norms}",
             _REPORT,
         )
 

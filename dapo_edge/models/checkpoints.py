@@ -88,7 +88,7 @@ def _read_safetensors(path: Path) -> DapoTensors:
 
 def _read_released(path: Path) -> DapoTensors:
     # The released files carry two numpy float64 scalars; nothing else that is not a tensor is let in.
-    scalar: Any = getattr(np, "_core", None) or np.core  # type: ignore[attr-defined]
+    scalar: Any = getattr(np, "_core", None) or np.core
     scalar = scalar.multiarray.scalar
     harmless: list[Any] = [
         (scalar, "numpy._core.multiarray.scalar"),
@@ -127,7 +127,7 @@ def _first_of(saved: Mapping[str, Any], keys: tuple[str, ...]) -> Mapping[str, T
 
 
 def _stacked(part: Mapping[str, Tensor], pattern: str) -> Tensor:
-    rows = []
+    rows: list[Tensor] = []
     while pattern.format(len(rows)) in part:
         rows.append(part[pattern.format(len(rows))].float())
     if not rows:

@@ -1,7 +1,7 @@
 """CLIP towers from open_clip, opened up for dense inspection.
 
 open_clip's own modules hold the weights; the forward passes here add what DAPO needs: tapped feature layers, deep prompt
-tokens that are blended into every block, and an attention that computes no weights, so that it fuses when compiled.
+tokens that are blended into every block, and an attention without a weights tensor, so that it fuses when compiled.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import difflib
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,9 @@ class Clip:
 
     name: str
     weights: str  # where the weights come from, in words
-    visual: nn.Module
-    text: nn.Module
-    tokenizer: Callable[[list[str]], Tensor]
+    visual: Any  # open_clip's VisionTransformer
+    text: Any  # open_clip's CLIP or TextTransformer: whatever holds the text tower's parts
+    tokenizer: Any  # open_clip's SimpleTokenizer: list of str -> ids [P, T]
     image_size: int  # side in px that the weights were made for
     mean: tuple[float, float, float]  # of RGB in [0, 1]
     std: tuple[float, float, float]
@@ -104,8 +104,10 @@ def load_clip(model: str, *, pretrained: str | None = None, checkpoint: Path | N
 class ImageEncoder(nn.Module):
     """Image tower with taps and deep visual prompt tokens, for one fixed image size."""
 
+    position: Tensor  # [1 + N, width]
+
     def __init__(
-        self, visual: nn.Module, image_size: int, feature_layers: Sequence[int], visual_tokens: Tensor | None
+        self, visual: Any, image_size: int, feature_layers: Sequence[int], visual_tokens: Tensor | None
     ) -> None:
         """`feature_layers` count from 1; `visual_tokens` is [layers, n, width] or None."""
         super().__init__()
@@ -148,7 +150,7 @@ def write_tokens(x: Tensor, tokens: Tensor, *, insert: bool) -> Tensor:
     return torch.cat([x[:, :1], blended, x[:, 1 + count :]], dim=1)
 
 
-def run_block(block: nn.Module, x: Tensor, mask: Tensor | None = None) -> Tensor:
+def run_block(block: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """One residual attention block of open_clip on x [B, T, width]."""
     x = x + block.ls_1(_attention(block.attn, block.ln_1(x), mask))
     return x + block.ls_2(block.mlp(block.ln_2(x)))
@@ -183,7 +185,7 @@ def _fixed(x: Tensor) -> list[int]:
     return [int(side) for side in x.shape]
 
 
-def _grid(visual: nn.Module, image_size: int) -> tuple[int, int]:
+def _grid(visual: Any, image_size: int) -> tuple[int, int]:
     patch = int(visual.patch_size[0])
     if image_size % patch:
         below = image_size // patch * patch
@@ -208,7 +210,7 @@ def _open_clip() -> Any:
         "int sampling_ratio, bool aligned) -> Tensor",
     )
     try:
-        import torchvision  # noqa: F401
+        import torchvision  # type: ignore[import-untyped]  # noqa: F401
     except (ImportError, RuntimeError):
         _forget_modules("torchvision")
         library = torch.library.Library("torchvision", "FRAGMENT")
@@ -253,7 +255,7 @@ def _register(open_clip: Any, model: str) -> str:
     return model
 
 
-def _create(open_clip: Any, name: str, pretrained: str | None, checkpoint: Path | None) -> nn.Module:
+def _create(open_clip: Any, name: str, pretrained: str | None, checkpoint: Path | None) -> Any:
     try:
         return open_clip.create_model(name, pretrained=str(checkpoint) if checkpoint else pretrained)
     except Exception as error:  # open_clip, huggingface_hub, urllib and torch each raise their own kinds
@@ -272,7 +274,7 @@ def _create(open_clip: Any, name: str, pretrained: str | None, checkpoint: Path 
         raise RecipeError(f"{name} can't be created ({reason:.200})", "Check the model config") from error
 
 
-def _check_architecture(name: str, visual: nn.Module, text: nn.Module) -> None:
+def _check_architecture(name: str, visual: Any, text: Any) -> None:
     """Refuse what the forward passes here would compute wrongly."""
     blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
     reasons = {

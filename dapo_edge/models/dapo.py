@@ -1,6 +1,6 @@
 """DAPO: defect-aware prompt optimisation (arXiv 2512.09446; methods 1.2 and 1.3).
 
-One row of text per defect type, hybrid prompts, deep prompt tokens in both towers, one linear adapter per feature layer.
+One text row per defect type, hybrid prompts, deep prompt tokens in both towers, one linear adapter per feature layer.
 Differences from the released code, on purpose: the map is the mean over feature layers (not the sum), and text is
 encoded once. `readout: release` keeps the released code's text read-out, for checkpoints tuned with it.
 """
@@ -38,6 +38,9 @@ class Dapo(nn.Module):
     """The method; its forward is what gets exported."""
 
     align_corners = True
+    prompts: HybridPrompts
+    encoder: ImageEncoder
+    adapters: nn.ModuleList
 
     def __init__(
         self,
@@ -57,7 +60,7 @@ class Dapo(nn.Module):
         self.readout: Readout = tuned.readout if tuned else "eot"
         self.temperature = options.temperature
         self.image_size = image_size or clip.image_size
-        self.feature_layers = _checked_layers(feature_layers or (tuned and tuned.feature_layers), clip)
+        self.feature_layers = _checked_layers(feature_layers or (tuned.feature_layers if tuned else None), clip)
         drawn = _draw(clip, options, len(self.feature_layers), seed)
         tensors = drawn if tuned is None else _fitting(tuned, drawn, clip, self.feature_layers)
         self.prompts = HybridPrompts(tensors.normal_context, tensors.abnormal_context, tensors.text_tokens)
@@ -66,7 +69,10 @@ class Dapo(nn.Module):
         )
         self.visual_tokens = nn.Parameter(tensors.visual_tokens)
         self.encoder = ImageEncoder(
-            clip.visual, self.image_size, self.feature_layers, self.visual_tokens if self.visual_tokens.numel() else None
+            clip.visual,
+            self.image_size,
+            self.feature_layers,
+            self.visual_tokens if self.visual_tokens.numel() else None,
         )
         self.grid = self.encoder.grid
         self.eval()
@@ -171,7 +177,7 @@ def _fitting(
     """Check tuned tensors against the backbone; their own token counts are kept."""
     if tuned.feature_layers not in (None, layers):
         raise RecipeError(
-            f"the tuned file belongs to feature layers {list(tuned.feature_layers or ())}, the recipe names {list(layers)}",
+            f"the tuned file belongs to feature layers {list(tuned.feature_layers or ())}, not {list(layers)}",
             "Remove 'feature_layers' from the recipe, or use the same",
         )
     problems = []
@@ -207,5 +213,3 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
         linear.weight.copy_(weight)
         linear.bias.copy_(bias)
     return linear
-
-

@@ -49,7 +49,9 @@ class EagerBackend:
             raise RecipeError(f"the eager reference computes in fp32, not '{precision}'", "Leave the precision out")
         recipe = Recipe.model_validate(package.manifest.recipe)
         backbone = recipe.backbone
-        clip = load_clip(backbone.model, pretrained=backbone.pretrained, checkpoint=backbone.checkpoint, seed=recipe.seed)
+        clip = load_clip(
+            backbone.model, pretrained=backbone.pretrained, checkpoint=backbone.checkpoint, seed=recipe.seed
+        )
         method = method_class(recipe.method).from_recipe(recipe, clip)
         return cls(method, package.bank(), package.manifest.map, map_size)
 
@@ -103,9 +105,7 @@ class EagerBackend:
         logits = F.normalize(tokens, dim=-1) @ rows.T / self._spec.temperature
         probs = logits.softmax(dim=-1).mean(dim=1).transpose(1, 2).unflatten(2, self._spec.grid)  # [B, K+1, h, w]
         width, height = size
-        upsampled = F.interpolate(
-            probs, size=(height, width), mode="bilinear", align_corners=self._spec.align_corners
-        )
+        upsampled = F.interpolate(probs, size=(height, width), mode="bilinear", align_corners=self._spec.align_corners)
         scale = self._spec.smoothing_px / self._spec.image_size
         smooth = _gaussian(_gaussian(upsampled, scale * height, dim=2), scale * width, dim=3)
         return 1 - smooth[:, 0], smooth.argmax(dim=1).to(torch.uint8), probs

@@ -20,6 +20,7 @@ class Method(Protocol):
     """The contract. A method is an `nn.Module` whose forward is exactly what gets exported."""
 
     clip: Clip
+    tuned: bool  # whether its learnable parameters were tuned
     image_size: int  # side of the square input in px
     grid: tuple[int, int]  # patch rows, patch columns
     feature_layers: tuple[int, ...]  # tapped blocks, counted from 1

@@ -31,7 +31,14 @@ class HybridPrompts(nn.Module):
 
     @classmethod
     def drawn(
-        cls, clip: Clip, *, groups: int, context_tokens: int, text_depth: int, text_tokens: int, generator: torch.Generator
+        cls,
+        clip: Clip,
+        *,
+        groups: int,
+        context_tokens: int,
+        text_depth: int,
+        text_tokens: int,
+        generator: torch.Generator,
     ) -> HybridPrompts:
         """Draw every token like a word: randn * std + mean of the vocabulary's embeddings, per channel."""
         table = clip.text.token_embedding.weight
@@ -43,7 +50,7 @@ class HybridPrompts(nn.Module):
         return cls(words(groups, context_tokens), words(groups, context_tokens), words(text_depth, text_tokens))
 
     def forward(self, clip: Clip, phrases: Sequence[str], noun: str, readout: Readout) -> Tensor:
-        """Unit rows [K+1, D]: the normal prompt, then one row per phrase; each the mean over E un-normalised vectors."""
+        """Unit rows [K+1, D]: normal, then one per phrase; each the direction of the mean over E raw vectors."""
         ids = self._token_ids(clip, phrases, noun)  # [K+1, T]
         groups, context = self.normal_context.shape[:2]
         words = clip.text.token_embedding(ids)  # [K+1, T, W]

@@ -23,7 +23,7 @@ SOURCES = {
 
 
 def open_source(uri: str | Path) -> Source:
-    """The source at a URI or a plain path, not yet opened: `with open_source(uri) as source: for frame in source: ...`."""
+    """The source at a URI or a plain path, not yet opened: use it as `with open_source(uri) as source`."""
     text = str(uri)
     address = None if isinstance(uri, Path) else split(text)
     if address is None:

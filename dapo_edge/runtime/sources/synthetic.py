@@ -1,4 +1,4 @@
-"""A camera that needs no hardware: the generated conveyor belt of `dapo_edge.data.belt`, with the truth on every frame."""
+"""A camera that needs no hardware: the belt of `dapo_edge.data.belt`, with the truth on every frame."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dapo_edge.structures import Frame
 EXAMPLE = "synthetic://640x480@30?seed=0&frames=200&realtime=1&good=0.5"
 MIN_SIDE_PX = 64  # the smallest belt that shows a part
 MAX_SIDE_PX = 8192
-MAX_FPS = 1000.0
+MIN_FPS, MAX_FPS = 0.01, 1000.0
 MAX_COUNT = 2**63 - 1
 
 
@@ -93,13 +93,15 @@ class SyntheticSource(Source):
         match = re.fullmatch(r"(?:([0-9]{1,6})[xX]([0-9]{1,6}))?(?:@([0-9]*\.?[0-9]+))?/?", address.body)
         if match is None:
             raise SourceError(f"'{self.uri}' gives no size that can be read", f"Write it like {EXAMPLE}")
-        asked = {name: int(text) for name, text in zip(("width", "height"), match.groups()) if text}
-        settings = Settings(**asked, fps=float(match[3] or Settings.fps), **options(self.uri, address.query, OPTIONS))
+        asked = options(self.uri, address.query, OPTIONS)
+        if match[1]:
+            asked |= {"width": int(match[1]), "height": int(match[2])}
+        settings = Settings(**asked, fps=float(match[3] or Settings.fps))
         sides = (settings.width, settings.height)
         if min(sides) < MIN_SIDE_PX or max(sides) > MAX_SIDE_PX:
             raise SourceError(f"'{self.uri}' has a side out of range", f"Use {MIN_SIDE_PX} to {MAX_SIDE_PX} pixels")
-        if not 0 < settings.fps <= MAX_FPS:
-            remedy = f"Use more than 0 and at most {MAX_FPS:g} frames per second"
+        if not MIN_FPS <= settings.fps <= MAX_FPS:
+            remedy = f"Use {MIN_FPS:g} to {MAX_FPS:g} frames per second"
             raise SourceError(f"'{self.uri}' has a frame rate out of range", remedy)
         return settings
 

@@ -40,6 +40,7 @@ class VideoSource(Source):
     def __init__(self, uri: str) -> None:
         super().__init__(uri)
         self._capture: Any = None
+        self._lock = threading.Lock()  # OpenCV crashes when a capture is released while another thread reads
         self._start_ns = 0
         self._index = 0
         self._lost = 0  # frames to report as failed before `_after_gap`
@@ -80,6 +81,10 @@ class VideoSource(Source):
         )
 
     def _read(self) -> Frame | None:
+        with self._lock:
+            return None if self._capture is None else self._read_open()
+
+    def _read_open(self) -> Frame | None:
         if self._lost:
             return self._fail_one()
         image, self._after_gap = self._after_gap, None
@@ -117,14 +122,15 @@ class VideoSource(Source):
         return int(index * 1e9 / (self.properties.fps or FALLBACK_FPS))
 
     def _close(self) -> None:
-        if self._capture is not None:
-            self._capture.release()
-            self._capture = None
+        with self._lock:
+            if self._capture is not None:
+                self._capture.release()
+                self._capture = None
 
 
 @contextmanager
 def _quiet(cv2: Any) -> Iterator[None]:
-    """Hold back OpenCV's warnings: what they say becomes an exception. The lock keeps two openings from swapping levels."""
+    """Hold back OpenCV's warnings, which the exception says better. The lock: two openings must not swap levels."""
     logging = cv2.utils.logging
     with _LOG_LOCK:
         level = logging.setLogLevel(logging.LOG_LEVEL_SILENT)

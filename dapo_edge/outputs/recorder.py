@@ -1,0 +1,194 @@
+"""Keeps pictures: numbered files in a folder, or one MP4 video."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+from urllib.parse import unquote
+
+from dapo_edge.errors import OutputError
+from dapo_edge.extras import require
+from dapo_edge.outputs.labels import Image
+from dapo_edge.outputs.sheet import checked, letterbox
+from dapo_edge.structures import Frame
+
+STILL_EXTENSIONS = (".png", ".jpg", ".jpeg")
+OTHER_VIDEO_EXTENSIONS = (".avi", ".m4v", ".mkv", ".mov", ".webm")
+MAX_FPS = 1000.0
+MAX_STEM = 48  # letters; of up to 4 bytes each, they leave room in the 255 bytes that file systems allow
+SPARE_BYTES = 1 << 20  # for a video's index, which is written last
+
+
+class Recorder:
+    """`with Recorder(path) as recorder: recorder.write(image)`.
+
+    `results/` takes numbered PNG files, `results/part.png` (or .jpg) numbered files of that name and kind, and
+    `results/line.mp4` a video at a constant `fps`. Folders are made. A file appears under its name when it is complete:
+    an interrupted program leaves no half picture, and at most a hidden `.part` file.
+    """
+
+    def __init__(self, path: str | Path, *, fps: float = 25.0) -> None:
+        self.path = Path(path)
+        extension = self.path.suffix.lower()
+        if extension in OTHER_VIDEO_EXTENSIONS:
+            raise OutputError(f"videos of kind '{extension}' can't be written", "Use a path that ends in .mp4")
+        if not 0 < fps <= MAX_FPS:
+            raise OutputError(f"a video can't have {fps} frames per second", f"Use more than 0 and up to {MAX_FPS:g}")
+        self._keeper: _Keeper
+        if extension == ".mp4":
+            self._folder, self._keeper = self.path.parent, _Video(self.path, fps)
+        elif extension in STILL_EXTENSIONS and not self.path.is_dir():
+            self._folder, self._keeper = self.path.parent, _Stills(self.path.parent, self.path.stem, extension)
+        else:
+            self._folder, self._keeper = self.path, _Stills(self.path, None, ".png")
+
+    def open(self) -> Recorder:
+        """Make the folder and try to write there, so that a wrong path shows before the first frame."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self._folder):
+                return self
+        except (OSError, ValueError) as error:
+            raise _refused(self._folder, error) from error
+
+    def write(self, image: Image, frame: Frame | None = None) -> Path:
+        """Keep a picture, [H, W, 3] uint8 BGR, named after the frame if one is given. Returns where it is or will be.
+
+        In a video, pictures of another size than the first are fitted into it between dark bars.
+        """
+        return self._keeper.write(checked(image), frame)
+
+    def close(self) -> None:
+        """Complete the video; nothing for single pictures."""
+        self._keeper.close()
+
+    def __enter__(self) -> Recorder:
+        return self.open()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Keeper(Protocol):
+    def write(self, image: Image, frame: Frame | None) -> Path: ...
+
+    def close(self) -> None: ...
+
+
+class _Stills:
+    """Numbered files, each written beside its place and then renamed."""
+
+    def __init__(self, folder: Path, stem: str | None, extension: str) -> None:
+        self._folder = folder
+        self._stem = stem
+        self._extension = extension
+        self._count = 0
+        self._names: set[str] = set()
+
+    def write(self, image: Image, frame: Frame | None) -> Path:
+        done, data = require("cv2").imencode(self._extension, image)
+        if not done:
+            raise OutputError(f"a picture can't be encoded as {self._extension}", "Use a path that ends in .png")
+        path = self._folder / self._name(frame)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            part.write_bytes(data)
+            part.replace(path)
+        except OSError as error:
+            raise _refused(path, error) from error
+        finally:
+            part.unlink(missing_ok=True)
+        return path
+
+    def _name(self, frame: Frame | None) -> str:
+        """A name not yet used by this recorder: two cameras may deliver frames of equal name and index."""
+        stem = self._stem or (_stem_of(frame.source) if frame else "frame")
+        name = f"{stem}-{self._count if frame is None else frame.index:06d}"
+        self._count += 1
+        unique, number = name, 2
+        while unique in self._names:
+            unique, number = f"{name}-{number}", number + 1
+        self._names.add(unique)
+        return unique + self._extension
+
+    def close(self) -> None:
+        pass
+
+
+class _Video:
+    """One MP4 file of the size of its first picture."""
+
+    def __init__(self, path: Path, fps: float) -> None:
+        self._path = path
+        self._part = path.with_name(f".{path.stem}.{os.getpid()}.part.mp4")
+        self._fps = fps
+        self._writer: Any = None
+        self._size = (0, 0)  # width, height in pixels
+        self._count = 0
+
+    def write(self, image: Image, frame: Frame | None) -> Path:
+        cv2 = require("cv2")
+        if self._writer is None:
+            # The encoder drops the last row or column of an odd size.
+            self._size = (image.shape[1] + image.shape[1] % 2, image.shape[0] + image.shape[0] % 2)
+            code = cv2.VideoWriter_fourcc(*"mp4v")  # the one MPEG-4 encoder that every OpenCV build brings
+            self._writer = cv2.VideoWriter(str(self._part), code, self._fps, self._size)
+            if not self._writer.isOpened():
+                cause = f"the video '{self._path}' of {self._size[0]}x{self._size[1]} can't be started"
+                raise OutputError(cause, "Use a smaller picture, or write single pictures: a path without .mp4")
+        # OpenCV says nothing when a write fails, so room is checked before, and frames are counted at the end.
+        if shutil.disk_usage(self._path.parent).free < image.nbytes + SPARE_BYTES:
+            raise OutputError(f"no room is left on the disk of '{self._path}'", "Free some space, then start again")
+        self._writer.write(letterbox(image, *self._size))
+        self._count += 1
+        return self._path
+
+    def close(self) -> None:
+        if self._writer is None:
+            return
+        cv2 = require("cv2")
+        self._writer.release()
+        self._writer = None
+        count, self._count = self._count, 0
+        try:
+            written = _frames_in(cv2, self._part)
+            if written < count:
+                cause = f"the video '{self._path}' holds {written} of {count} frames"
+                raise OutputError(cause, "Check that its disk has room, then start again")
+            if count:
+                self._part.replace(self._path)
+        except OSError as error:
+            raise _refused(self._path, error) from error
+        finally:
+            self._part.unlink(missing_ok=True)
+
+
+def _frames_in(cv2: Any, path: Path) -> int:
+    """Frames that the file's index lists; 0 when there is none."""
+    capture = cv2.VideoCapture(str(path))
+    try:
+        return max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT))) if capture.isOpened() else 0
+    finally:
+        capture.release()
+
+
+def _stem_of(source: str) -> str:
+    """The readable end of a source's address, as a part of a file name."""
+    scheme, _, rest = source.partition("://")
+    path = unquote(rest.partition("?")[0] or scheme).rstrip("/")
+    name = Path(path).name
+    if scheme in ("image", "file"):
+        name = Path(name).stem
+    return re.sub(r"[^\w.-]+", "_", name).strip("._-")[:MAX_STEM] or "frame"
+
+
+def _refused(path: Path, error: OSError | ValueError) -> OutputError:
+    reason = getattr(error, "strerror", None) or error
+    return OutputError(f"'{path}' can't be written ({reason})", "Check its folder, its permissions and the disk's room")

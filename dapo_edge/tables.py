@@ -1,0 +1,103 @@
+"""What people see on a terminal: the documents that `--json` prints, as tables."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from dapo_edge.doctor import Diagnosis
+
+STAGE_COLUMNS = ("mean", "p50", "p90", "p99", "max")
+
+
+def stage_table(stages: dict[str, dict[str, float]]) -> Table:
+    """Milliseconds per stage."""
+    table = Table("stage, ms", *STAGE_COLUMNS, box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for stage, values in stages.items():
+        table.add_row(stage, *(f"{values[column]:.2f}" for column in STAGE_COLUMNS))
+    return table
+
+
+def bench_table(result: dict[str, Any]) -> Group:
+    """The `bench` document."""
+    source, package = result["source"], result["package"]
+    return Group(
+        Text(f"{package['name']} ({package['backbone']}, {package['image_size']} px), {result['precision']}", "bold"),
+        Text(f"{result['backend']} on {result['device']['line']}, {result['date']}"),
+        Text(f"frames {source['width']} x {source['height']} from {source['uri']}, warm-up {result['warmup']}"),
+        stage_table(result["stages"]),
+        Text(f"{result['fps']:.1f} frames/s, one at a time", "bold"),
+    )
+
+
+def demo_table(result: dict[str, Any]) -> Group:
+    """The `demo` document."""
+    summary = result["summary"]
+    verdicts = ", ".join(f"{count} {verdict}" for verdict, count in summary["verdicts"].items())
+    return Group(
+        Text(
+            f"{result['package']}: {summary['inspected']} of {summary['captured']} frames inspected, {verdicts}", "bold"
+        ),
+        Text(f"{result['backend']} {result['precision']} on {result['device']['line']}; weights: {result['weights']}"),
+        stage_table(result["stages"]),
+        *(Text(f"  {path}") for path in result["files"]),
+    )
+
+
+def package_table(content: dict[str, Any]) -> Table:
+    """The `show` document."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    rows, columns = content["map"]["grid"]
+    table.add_row("name", content["name"])
+    table.add_row("method", f"{content['method']}, {'tuned' if content['tuned'] else 'not tuned'}")
+    table.add_row("backbone", f"{content['backbone']}, weights: {content['weights']}")
+    table.add_row("input", f"{content['image_size']} px, {rows} x {columns} patches, batch {content['batch']}")
+    table.add_row("feature layers", ", ".join(map(str, content["feature_layers"])))
+    table.add_row("precision", content["precision"])
+    table.add_row("map", f"size {content['map_size']}, smoothing {content['map']['smoothing_px']} px")
+    table.add_row("image score", content["map"]["score"])
+    for name, phrase in content["defects"].items():
+        table.add_row("defect", name if name == phrase else f"{name}: {phrase}")
+    for name in ("image", "pixel"):
+        limit = content["thresholds"][name]
+        table.add_row(f"{name} threshold", _threshold_text(limit, content["thresholds"]["frames"]))
+    for precision, drift in content["report"]["precisions"].items():
+        table.add_row(
+            f"drift {precision}",
+            f"map at most {drift['map_difference_max']:.2g}, types {drift['type_agreement']:.2%} equal, "
+            f"verdict flips {drift['flips']:.2%}, encoder {drift['encode_ms']:.1f} ms when built",
+        )
+    for name, entry in content["files"].items():
+        table.add_row("file", f"{name}, {entry['size']:,} bytes")
+    table.add_row("made", f"{content['created']} by dapo-edge {content['versions']['dapo-edge']}")
+    table.add_row("digest", content["digest"])
+    return table
+
+
+def doctor_table(diagnosis: Diagnosis) -> Group:
+    """The `doctor` document."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for check in diagnosis.checks:
+        mark = Text("ok", "green") if check.fine else Text("no", "bold red")
+        table.add_row(mark, check.what, check.finding)
+    device = diagnosis.device
+    where = f"Jetson: {device.jetson}" if device.jetson else f"Python {device.python}"
+    return Group(Text(device.line(), "bold"), Text(where), table)
+
+
+def _threshold_text(limit: dict[str, Any] | None, frames: int) -> str:
+    if limit is None:
+        return "not calibrated: every verdict is 'unsure'"
+    low, high = limit["confidence_95"]
+    return (
+        f"{limit['value']:.4f}, rejects {limit['false_reject_rate']:.1%} of {frames} good frames "
+        f"(95 % sure: {low:.1%} to {high:.1%})"
+    )
