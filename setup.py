@@ -11,12 +11,14 @@ VERSION = next(
 
 CORE = [
     "numpy>=1.26",
-    "pillow>=10",
+    "pillow>=10.1",
     "pyyaml>=6",
     "pydantic>=2.7",
     "safetensors>=0.4.3",
     "click>=8.1",
     "rich>=13",
+    "threadpoolctl>=3.1",
+    "typing_extensions>=4.6",
 ]
 EXTRAS = {
     # An ARM board such as a Jetson brings its own OpenCV (with GStreamer): a second one would shadow it.

@@ -129,7 +129,7 @@ def run(
                 if recorder and outcome.frame and outcome.inspection:
                     from dapo_edge.outputs.overlay import draw
 
-                    recorder.write(draw(outcome.frame, outcome.inspection))
+                    recorder.write(draw(outcome.frame, outcome.inspection), outcome.frame)
         finally:
             _print_summary(statistics, inspector, json_output)
     if statistics.failed:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from dapo_edge.bench import percentiles
 from dapo_edge.device import as_json, this_device
 from dapo_edge.outputs.events import frame_json
-from dapo_edge.outputs.overlay import Recorder, contact_sheet, draw
+from dapo_edge.outputs.overlay import Recorder, contact_sheet, draw, save_picture
 from dapo_edge.package import EnginePackage, writing_to
 from dapo_edge.runtime.inspector import Inspector
 from dapo_edge.runtime.pipeline import Statistics, inspect_stream
@@ -47,8 +47,7 @@ def inspect_belt(
         backend = inspector.backend
     with writing_to(folder / "results.jsonl"):
         (folder / "results.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    with Recorder(folder / "contact-sheet.png") as recorder:
-        recorder.write(contact_sheet(sheet[:SHEET_PICTURES], SHEET_COLUMNS))
+    save_picture(folder / "contact-sheet.png", contact_sheet(sheet[:SHEET_PICTURES], SHEET_COLUMNS))
     stages = {stage: percentiles(np.asarray([ms[stage] for ms in timings])) for stage in timings[0]}
     return {
         "schema": "dapo-edge demo 1",

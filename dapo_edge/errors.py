@@ -15,6 +15,8 @@ DapoEdgeError                exit 1    a run-time error
 
 from __future__ import annotations
 
+import errno
+
 
 class DapoEdgeError(Exception):
     """Base class. `cause` says what is wrong, `remedy` what to do about it; `str()` is both in one line."""
@@ -33,6 +35,18 @@ class BackendError(DapoEdgeError):
 
 class OutputError(DapoEdgeError):
     """A result can't be written."""
+
+    @classmethod
+    def refused(cls, path: object, error: Exception) -> OutputError:
+        """The operating system's refusal to write to `path`, with what to do about it."""
+        remedies = {
+            errno.ENOSPC: "Free some space, or write to another disk",
+            errno.EDQUOT: "Free some of your quota, or write to another disk",
+            errno.EROFS: "The disk is mounted read-only; write to another place",
+        }
+        remedy = "Check the folder and its permissions, or choose another place"
+        reason = getattr(error, "strerror", None) or error
+        return cls(f"'{path}' can't be written ({reason})", remedies.get(getattr(error, "errno", None) or 0, remedy))
 
 
 class RecipeError(DapoEdgeError):

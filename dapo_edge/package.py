@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import hashlib
 import json
 import os
@@ -164,7 +163,7 @@ class PackageWriter:
     """Writes a package beside its destination and moves it into place at the end, or leaves no trace."""
 
     def __init__(self, destination: Path) -> None:
-        self.destination = destination
+        self.destination = destination.resolve() if destination.is_symlink() else destination
 
     def __enter__(self) -> PackageWriter:
         if self.destination.exists() and not (self.destination / MANIFEST).is_file():
@@ -242,15 +241,7 @@ def writing_to(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedies = {
-            errno.ENOSPC: "Free some space, or write to another disk",
-            errno.EDQUOT: "Free some of your quota, or write to another disk",
-            errno.EROFS: "The disk is mounted read-only; write to another place",
-        }
-        raise OutputError(
-            f"'{path}' can't be written ({error.strerror or error})",
-            remedies.get(error.errno or 0, "Check the folder and its permissions, or choose another place"),
-        ) from error
+        raise OutputError.refused(path, error) from error
 
 
 def _not_a_package(path: Path) -> DapoEdgeError:

@@ -43,12 +43,9 @@ class PromptBank:
         """The bank as a safetensors file."""
         from safetensors.numpy import save
 
-        metadata = {
-            "format": _FORMAT,
-            "names": json.dumps(self.names, ensure_ascii=False),
-            "phrases": json.dumps(self.phrases, ensure_ascii=False),
-            "origin": json.dumps(dict(self.origin), ensure_ascii=False, sort_keys=True),
-        }
+        words = {"format": _FORMAT, "names": self.names, "phrases": self.phrases, "origin": dict(self.origin)}
+        # One key, because safetensors writes several in random order, and equal banks shall be equal files.
+        metadata = {"bank": json.dumps(words, ensure_ascii=False, sort_keys=True)}
         return save({"rows": np.ascontiguousarray(self.rows)}, metadata=metadata)
 
     @classmethod
@@ -58,25 +55,20 @@ class PromptBank:
 
         try:
             with safe_open(str(path), framework="numpy") as file:
-                metadata = file.metadata() or {}
+                words = json.loads((file.metadata() or {}).get("bank", "{}"))
                 rows = file.get_tensor("rows") if "rows" in file.keys() else None  # noqa: SIM118 (not a dict)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise PackageDamaged(
                 f"the prompt bank '{path}' can't be read ({error})", "Copy it again, or build the package again"
             ) from error
-        if metadata.get("format") != _FORMAT or rows is None:
+        if words.get("format") != _FORMAT or rows is None:
             raise PackageIncompatible(
-                f"'{path}' is not a prompt bank of this version (format {metadata.get('format', 'unknown')!r})",
+                f"'{path}' is not a prompt bank of this version (format {words.get('format', 'unknown')!r})",
                 "Build the package again with this dapo-edge",
             )
         try:
-            return cls(
-                names=tuple(json.loads(metadata["names"])),
-                rows=rows,
-                phrases=tuple(json.loads(metadata["phrases"])),
-                origin=json.loads(metadata["origin"]),
-            )
-        except (KeyError, ValueError) as error:
+            return cls(tuple(words["names"]), rows, tuple(words["phrases"]), words["origin"])
+        except (KeyError, TypeError, ValueError) as error:
             raise PackageDamaged(
                 f"the prompt bank '{path}' contradicts itself ({error})", "Build the package again"
             ) from error

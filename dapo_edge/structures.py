@@ -9,6 +9,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+MIN_SIDE_PX = 16  # below this no patch of any encoder is filled: a thumbnail or a damaged header
+MAX_PIXELS = 100_000_000  # 300 MB as BGR; above, one picture could take the memory of a whole device
+
 Verdict = Literal["ok", "ng", "unsure"]
 Box = tuple[int, int, int, int]  # x, y, width, height in pixels of the frame
 
@@ -65,6 +68,7 @@ class Inspection:
     defect_map: DefectMap
     regions: tuple[Region, ...]  # most defective first
     frame_size: tuple[int, int]  # width, height in pixels
+    pixel_threshold: float | None = None  # anomaly above which a pixel is defective; None: not calibrated
     ms: Mapping[str, float] = field(default_factory=dict)  # stage -> milliseconds, with "total"
 
     @property

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
 import numpy as np
 from numpy.typing import NDArray
 
 from dapo_edge.kernels import reference
 from dapo_edge.kernels.map_spec import MapSpec
 from dapo_edge.prompt_bank import PromptBank
+
+if TYPE_CHECKING:
+    from threadpoolctl import ThreadpoolController
 
 
 def resize_view(view: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
@@ -28,6 +34,20 @@ def make_maps(
     tokens: NDArray[np.float32], embedding: NDArray[np.float32], bank: PromptBank, spec: MapSpec, size: tuple[int, int]
 ) -> tuple[NDArray[np.float32], NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
     """Patch tokens [B, L, N, D] and embeddings [B, D] to anomaly, types, patch_probs, image_scores of a `MapBatch`."""
-    probs = reference.patch_probabilities(tokens, bank.rows, spec.temperature, spec.grid)
-    anomaly, types = reference.defect_map(probs, *spec.tables(size))
-    return anomaly, types, probs, reference.image_scores(spec.score, embedding, bank.rows, spec.temperature, anomaly)
+    with _blas().limit(limits=1, user_api="blas"):
+        probs = reference.patch_probabilities(tokens, bank.rows, spec.temperature, spec.grid)
+        anomaly, types = reference.defect_map(probs, *spec.tables(size))
+        scores = reference.image_scores(spec.score, embedding, bank.rows, spec.temperature, anomaly)
+    return anomaly, types, probs, scores
+
+
+@lru_cache(maxsize=1)
+def _blas() -> ThreadpoolController:
+    """NumPy's BLAS, to be kept on one thread.
+
+    After a product OpenBLAS lets its other threads spin for a while in case another one follows. Here the encoder
+    follows, on the same cores, and takes twice as long beside them.
+    """
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()

@@ -108,11 +108,13 @@ class OpenVinoBackend:
         if self._request is None:
             raise BackendError("this backend is closed", "Open it again")
         batch = len(self._input)
-        parts = [self._encode_chunk(resized[start : start + batch]) for start in range(0, len(resized), batch)]
-        if len(parts) == 1:
-            return parts[0]
-        tokens, embeddings = zip(*[(tokens.copy(), embedding.copy()) for tokens, embedding in parts], strict=True)
-        return np.concatenate(tokens), np.concatenate(embeddings)
+        if len(resized) <= batch:
+            return self._encode_chunk(resized)
+        parts = []
+        for start in range(0, len(resized), batch):
+            tokens, embedding = self._encode_chunk(resized[start : start + batch])
+            parts.append((tokens.copy(), embedding.copy()))  # the next chunk is written over these buffers
+        return np.concatenate([tokens for tokens, _ in parts]), np.concatenate([row for _, row in parts])
 
     def _encode_chunk(self, resized: Sequence[View]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         for row, view in zip(self._input, resized, strict=False):

@@ -1,6 +1,6 @@
 """CLIP towers from open_clip, opened up for dense inspection.
 
-open_clip's own modules hold the weights; the forward passes here add what DAPO needs: tapped feature layers, deep prompt
+open_clip's modules hold the weights; the forward passes here add what DAPO needs: tapped feature layers, deep prompt
 tokens that are blended into every block, and an attention without a weights tensor, so that it fuses when compiled.
 """
 

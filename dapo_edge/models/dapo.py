@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import torch
 from pydantic import Field
@@ -129,13 +130,14 @@ class Dapo(nn.Module):
 
     def tensors(self) -> checkpoints.DapoTensors:
         """Everything that tuning learns, detached."""
+        linears = [cast(nn.Linear, adapter) for adapter in self.adapters]
         return checkpoints.DapoTensors(
             normal_context=self.prompts.normal_context.detach(),
             abnormal_context=self.prompts.abnormal_context.detach(),
             text_tokens=self.prompts.text_tokens.detach(),
             visual_tokens=self.visual_tokens.detach(),
-            adapter_weight=torch.stack([adapter.weight.detach() for adapter in self.adapters]),
-            adapter_bias=torch.stack([adapter.bias.detach() for adapter in self.adapters]),
+            adapter_weight=torch.stack([adapter.weight.detach() for adapter in linears]),
+            adapter_bias=torch.stack([adapter.bias.detach() for adapter in linears]),
             readout=self.readout,
             feature_layers=self.feature_layers,
         )

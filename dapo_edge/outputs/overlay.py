@@ -12,18 +12,20 @@ from dapo_edge.extras import require
 from dapo_edge.outputs.labels import Image, Label, contrast, fitted, ink, place, text_size, write
 from dapo_edge.outputs.palette import (
     CAPTION_COLOUR,
+    HEAT_FROM,
     NO_TYPE_COLOUR,
     STRIP_COLOUR,
     VERDICT_COLOURS,
     heat_table,
     type_colour,
 )
-from dapo_edge.outputs.recorder import Recorder
+from dapo_edge.outputs.recorder import Recorder, save_picture
 from dapo_edge.outputs.sheet import checked, contact_sheet
 from dapo_edge.structures import Frame, Inspection, Region
 
-__all__ = ["Recorder", "banner_height", "contact_sheet", "draw"]
+__all__ = ["Recorder", "banner_height", "contact_sheet", "draw", "save_picture"]
 
+HIGHEST_START = 0.98  # a threshold above it would leave no room for shades
 HALO = (0, 0, 0)  # under every contour, so that it shows on light and dark parts alike
 
 
@@ -39,7 +41,7 @@ def draw(frame: Frame | Image, inspection: Inspection, *, banner: bool = True) -
         expected = "x".join(map(str, inspection.frame_size))
         cause = f"the frame is {width}x{height}, its inspection belongs to one of {expected}"
         raise OutputError(cause, "Pass the frame that was inspected")
-    shown = _heated(image, inspection.anomaly_map)
+    shown = _heated(image, inspection)
     _outline(shown, inspection)
     place(shown, tuple(_label(region, inspection) for region in inspection.regions))
     return np.concatenate([_strip(inspection, height, width), shown]) if banner else shown
@@ -55,11 +57,13 @@ def _heat() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     return heat_table()
 
 
-def _heated(image: Image, anomaly: NDArray[np.float32]) -> Image:
-    """The picture under a layer whose opacity follows the anomaly; where nothing is wrong it stays clear."""
+def _heated(image: Image, inspection: Inspection) -> Image:
+    """The picture under a layer whose opacity follows the anomaly above the threshold; good areas stay clear."""
     cv2 = require("cv2")
     height, width = image.shape[:2]
-    levels = np.round(np.clip(np.nan_to_num(anomaly), 0, 1) * 255).astype(np.uint8)
+    start = min(HEAT_FROM if inspection.pixel_threshold is None else inspection.pixel_threshold, HIGHEST_START)
+    above = (np.nan_to_num(inspection.anomaly_map) - start) / (1 - start)
+    levels = np.round(np.clip(above, 0, 1) * 255).astype(np.uint8)
     levels = cv2.resize(levels, (width, height), interpolation=cv2.INTER_LINEAR)
     levels = cv2.merge([levels, levels, levels])
     layer, keep = _heat()

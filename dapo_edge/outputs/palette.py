@@ -27,7 +27,7 @@ VERDICT_COLOURS: dict[Verdict, Colour] = {"ok": _bgr("1B8A4B"), "ng": _bgr("C628
 STRIP_COLOUR = _bgr("22262B")
 CAPTION_COLOUR = _bgr("C9CFD6")
 
-HEAT_FROM = 0.25  # anomaly below which the picture stays untouched
+HEAT_FROM = 0.25  # anomaly below which the picture stays untouched, where no threshold says better
 HEAT_OPACITY = 0.62  # at anomaly 1
 
 
@@ -37,11 +37,11 @@ def type_colour(index: int) -> Colour:
 
 
 def heat_table() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """For each anomaly 0 .. 255: its colour times its opacity, and what is left of the picture; [256, 1, 3] uint8."""
-    anomaly = np.linspace(0, 1, 256)
-    stops = (HEAT_FROM, 0.5, 0.75, 1.0)
+    """For each level 0 .. 255: its colour times its opacity, and what is left of the picture; [256, 1, 3] uint8."""
+    level = np.linspace(0, 1, 256)
+    stops = (0.0, 1 / 3, 2 / 3, 1.0)
     colours = np.array([_bgr(code) for code in ("FFE680", "FFB000", "F2511B", "C4002F")], np.float64)
-    hue = np.stack([np.interp(anomaly, stops, channel) for channel in colours.T], axis=1)  # [256, 3]
-    opacity = HEAT_OPACITY * np.clip((anomaly - HEAT_FROM) / (1 - HEAT_FROM), 0, 1)[:, None] ** 0.8
+    hue = np.stack([np.interp(level, stops, channel) for channel in colours.T], axis=1)  # [256, 3]
+    opacity = HEAT_OPACITY * level[:, None] ** 0.8
     keep = np.repeat(255 * (1 - opacity), 3, axis=1)
     return np.round(hue * opacity).astype(np.uint8)[:, None], np.round(keep).astype(np.uint8)[:, None]

@@ -41,6 +41,9 @@ class Recorder:
             raise OutputError(f"a video can't have {fps} frames per second", f"Use more than 0 and up to {MAX_FPS:g}")
         self._keeper: _Keeper
         if extension == ".mp4":
+            # OpenCV crashes on a name that is not text.
+            if str(self.path) != str(self.path).encode(errors="replace").decode():
+                raise OutputError(f"the name {str(self.path)!a} is not text in UTF-8", "Use another name")
             self._folder, self._keeper = self.path.parent, _Video(self.path, fps)
         elif extension in STILL_EXTENSIONS and not self.path.is_dir():
             self._folder, self._keeper = self.path.parent, _Stills(self.path.parent, self.path.stem, extension)
@@ -54,7 +57,7 @@ class Recorder:
             with tempfile.TemporaryFile(dir=self._folder):
                 return self
         except (OSError, ValueError) as error:
-            raise _refused(self._folder, error) from error
+            raise OutputError.refused(self._folder, error) from error
 
     def write(self, image: Image, frame: Frame | None = None) -> Path:
         """Keep a picture, [H, W, 3] uint8 BGR, named after the frame if one is given. Returns where it is or will be.
@@ -76,6 +79,22 @@ class Recorder:
         self.close()
 
 
+def save_picture(path: Path, image: Image) -> Path:
+    """Write one PNG or JPEG, [H, W, 3] uint8 BGR, by the path's extension: beside its place, then renamed."""
+    done, data = require("cv2").imencode(path.suffix, image)
+    if not done:
+        raise OutputError(f"a picture can't be encoded as {path.suffix}", "Use a path that ends in .png")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    except OSError as error:
+        raise OutputError.refused(path, error) from error
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
 class _Keeper(Protocol):
     def write(self, image: Image, frame: Frame | None) -> Path: ...
 
@@ -93,19 +112,7 @@ class _Stills:
         self._names: set[str] = set()
 
     def write(self, image: Image, frame: Frame | None) -> Path:
-        done, data = require("cv2").imencode(self._extension, image)
-        if not done:
-            raise OutputError(f"a picture can't be encoded as {self._extension}", "Use a path that ends in .png")
-        path = self._folder / self._name(frame)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            part.write_bytes(data)
-            part.replace(path)
-        except OSError as error:
-            raise _refused(path, error) from error
-        finally:
-            part.unlink(missing_ok=True)
-        return path
+        return save_picture(self._folder / self._name(frame), image)
 
     def _name(self, frame: Frame | None) -> str:
         """A name not yet used by this recorder: two cameras may deliver frames of equal name and index."""
@@ -165,7 +172,7 @@ class _Video:
             if count:
                 self._part.replace(self._path)
         except OSError as error:
-            raise _refused(self._path, error) from error
+            raise OutputError.refused(self._path, error) from error
         finally:
             self._part.unlink(missing_ok=True)
 
@@ -187,8 +194,3 @@ def _stem_of(source: str) -> str:
     if scheme in ("image", "file"):
         name = Path(name).stem
     return re.sub(r"[^\w.-]+", "_", name).strip("._-")[:MAX_STEM] or "frame"
-
-
-def _refused(path: Path, error: OSError | ValueError) -> OutputError:
-    reason = getattr(error, "strerror", None) or error
-    return OutputError(f"'{path}' can't be written ({reason})", "Check its folder, its permissions and the disk's room")

@@ -15,10 +15,7 @@ from dapo_edge.errors import FrameError
 from dapo_edge.package import EnginePackage
 from dapo_edge.prompt_bank import PromptBank
 from dapo_edge.runtime.decide import decide, find_regions
-from dapo_edge.structures import DefectMap, Frame, Inspection
-
-MIN_SIDE_PX = 16
-MAX_PIXELS = 100_000_000
+from dapo_edge.structures import MAX_PIXELS, MIN_SIDE_PX, DefectMap, Frame, Inspection
 
 
 class Inspector:
@@ -61,14 +58,14 @@ class Inspector:
         decided = time.perf_counter()
         anomaly, score = batch.anomaly[0], float(batch.image_scores[0])
         size = (view.shape[1], view.shape[0])
-        pixel = self.thresholds.pixel
-        regions = () if pixel is None else find_regions(
-            anomaly, batch.patch_probs[0], bank.names, self.package.manifest.map, pixel.value, size
-        )  # fmt: skip
+        limit = self.thresholds.pixel.value if self.thresholds.pixel else None
+        spec = self.package.manifest.map
+        regions = () if limit is None else find_regions(anomaly, batch.patch_probs[0], bank.names, spec, limit, size)
         verdict = decide(score, float(anomaly.max()), self.thresholds)
         finished = time.perf_counter()
         ms = {**batch.stage_ms, "decide": (finished - decided) * 1e3, "total": (finished - started) * 1e3}
-        return Inspection(score, verdict, DefectMap(anomaly, batch.types[0], bank.names), regions, size, ms)
+        defect_map = DefectMap(anomaly, batch.types[0], bank.names)
+        return Inspection(score, verdict, defect_map, regions, size, limit, ms)
 
     def set_bank(self, bank: PromptBank) -> None:
         """Use other words from the next frame on; the engine stays as it is."""

@@ -7,12 +7,12 @@ import importlib
 from pathlib import Path
 
 from dapo_edge.errors import SourceError
-from dapo_edge.runtime.sources.base import MAX_PIXELS, MIN_SIDE_PX, Properties, Source
+from dapo_edge.runtime.sources.base import Properties, Source
 from dapo_edge.runtime.sources.stills import IMAGE_EXTENSIONS
 from dapo_edge.runtime.sources.uri import check_path, path_of, redact, split, uri_of
 from dapo_edge.runtime.sources.video import VIDEO_EXTENSIONS
 
-__all__ = ["MAX_PIXELS", "MIN_SIDE_PX", "SOURCES", "Properties", "Source", "open_source", "redact"]
+__all__ = ["SOURCES", "Properties", "Source", "open_source", "redact"]
 
 SOURCES = {
     "dir": "dapo_edge.runtime.sources.stills:FolderSource",

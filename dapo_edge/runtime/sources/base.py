@@ -14,9 +14,6 @@ from dapo_edge.errors import FrameError, SourceError
 from dapo_edge.runtime.sources.uri import Address, redact, split
 from dapo_edge.structures import Frame
 
-MIN_SIDE_PX = 16  # below this no patch of any encoder is filled: a thumbnail or a damaged header
-MAX_PIXELS = 100_000_000  # 300 MB as BGR; above, one picture could take the memory of a whole device
-
 
 @dataclass(frozen=True)
 class Properties:

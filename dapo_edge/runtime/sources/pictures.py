@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dapo_edge.errors import FrameError
-from dapo_edge.runtime.sources.base import MAX_PIXELS, MIN_SIDE_PX
+from dapo_edge.structures import MAX_PIXELS, MIN_SIDE_PX
 
 if TYPE_CHECKING:
     from PIL.Image import Image

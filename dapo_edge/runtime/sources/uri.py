@@ -110,3 +110,12 @@ def check_path(path: Path, what: str) -> None:
         reason = getattr(error, "strerror", None) or error
         cause = f"the {what} '{redact(str(path))}' can't be opened ({reason})"
         raise SourceError(cause, "Check the path and its permissions") from error
+
+
+def is_text(path: Path) -> bool:
+    """Whether `path` can be handed to OpenCV, which crashes on names that are not UTF-8."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True

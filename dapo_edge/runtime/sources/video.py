@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from dapo_edge.errors import FrameError, SourceError
 from dapo_edge.extras import require
-from dapo_edge.runtime.sources.base import MAX_PIXELS, MIN_SIDE_PX, Properties, Source
-from dapo_edge.runtime.sources.uri import check_path, options, path_of, uri_of
-from dapo_edge.structures import Frame
+from dapo_edge.runtime.sources.base import Properties, Source
+from dapo_edge.runtime.sources.uri import check_path, is_text, options, path_of, uri_of
+from dapo_edge.structures import MAX_PIXELS, MIN_SIDE_PX, Frame
 
 VIDEO_EXTENSIONS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv")
 LOOKAHEAD = 100  # frames that may be lost in a row before the rest counts as missing
@@ -54,6 +54,8 @@ class VideoSource(Source):
             raise SourceError(f"'{path}' is not a video file", f"A folder of images is opened as {uri_of('dir', path)}")
         if path.stat().st_size == 0:
             raise SourceError(f"the video '{path}' is empty (0 bytes)", "Write the file again")
+        if not is_text(path):
+            raise SourceError(f"the name of the video {str(path)!a} is not text in UTF-8", "Rename it")
         cv2 = require("cv2")
         with _quiet(cv2):
             self._capture = cv2.VideoCapture(str(path.absolute()))

@@ -1,0 +1,132 @@
+"""The CPU engine against the eager reference, and the contract that both keep."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dapo_edge.backends.base import backend_class
+from dapo_edge.backends.openvino import OpenVinoBackend
+from dapo_edge.errors import BackendError, RecipeError
+from dapo_edge.models.eager import EagerBackend
+from dapo_edge.package import EnginePackage
+from dapo_edge.prompt_bank import PromptBank
+
+
+@pytest.fixture(scope="module")
+def sharp(package: EnginePackage) -> PromptBank:
+    """A bank whose map has contrast even with seeded weights: rows drawn around real patch tokens."""
+    rng = np.random.default_rng(2)
+    with OpenVinoBackend.open(package, map_size="model") as backend:
+        tokens, _ = backend.encode([rng.integers(0, 256, (96, 96, 3), np.uint8)])
+    rows = tokens[0, 0, :4] - tokens[0, 0].mean(axis=0)
+    return PromptBank(package.bank().names, rows / np.linalg.norm(rows, axis=1, keepdims=True))
+
+
+@pytest.mark.parametrize("map_size", ["model", "frame", (33, 70)])
+def test_equals_eager(package: EnginePackage, sharp: PromptBank, picture: Any, map_size: Any) -> None:
+    with (
+        OpenVinoBackend.open(package, map_size=map_size) as compiled,
+        EagerBackend.open(package, map_size=map_size) as eager,
+    ):
+        for backend in (compiled, eager):
+            backend.set_bank(sharp)
+        tokens, reference = compiled.encode([picture])[0], eager.encode([picture])[0]
+        got, expected = compiled.infer([picture]), eager.infer([picture])
+    cosine = (tokens * reference).sum(-1) / np.linalg.norm(tokens, axis=-1) / np.linalg.norm(reference, axis=-1)
+    assert cosine.min() >= 0.99999
+    height, width = {"model": (96, 96), "frame": picture.shape[:2]}.get(str(map_size), (70, 33))
+    assert got.anomaly.shape == got.types.shape == (1, height, width)
+    assert np.abs(got.anomaly - expected.anomaly).max() <= 1e-3
+    assert (got.types == expected.types).mean() >= 0.999
+    np.testing.assert_allclose(got.patch_probs, expected.patch_probs, atol=1e-4)
+    np.testing.assert_allclose(got.image_scores, expected.image_scores, atol=1e-4)
+    assert expected.anomaly.std() > 0.05, "a flat map would agree with anything"
+    assert len(np.unique(expected.types)) > 1
+    assert set(got.stage_ms) == set(expected.stage_ms) == {"preprocess", "encode", "map"}
+
+
+def test_fast_type_is_named_and_close(package: EnginePackage, picture: Any) -> None:
+    with (
+        OpenVinoBackend.open(package, map_size="model", precision="fp16") as fast,
+        OpenVinoBackend.open(package, map_size="model") as exact,
+    ):
+        assert exact.precision == "fp32"
+        assert fast.precision in ("bf16", "fp16", "fp32")
+        assert np.abs(fast.infer([picture]).anomaly - exact.infer([picture]).anomaly).max() < 0.1
+
+
+def test_bank_is_swapped_between_calls(package: EnginePackage, sharp: PromptBank, picture: Any) -> None:
+    with OpenVinoBackend.open(package, map_size="model") as backend:
+        before = backend.infer([picture]).anomaly
+        backend.set_bank(sharp)
+        after = backend.infer([picture]).anomaly
+        backend.set_bank(package.bank())
+        assert np.abs(before - after).max() > 0.01
+        np.testing.assert_array_equal(backend.infer([picture]).anomaly, before)
+        with pytest.raises(RecipeError, match="has 7 dimensions, the engine package 48"):
+            backend.set_bank(PromptBank(("normal", "a"), np.eye(2, 7, dtype=np.float32)))
+
+
+def test_results_outlive_the_next_call(package: EnginePackage, picture: Any) -> None:
+    """The runtime's output buffers are reused; what was handed out must not change."""
+    with OpenVinoBackend.open(package, map_size="model") as backend:
+        first = backend.infer([picture])
+        kept = {name: getattr(first, name).copy() for name in ("anomaly", "types", "patch_probs", "image_scores")}
+        backend.infer([255 - picture])
+        for name, value in kept.items():
+            np.testing.assert_array_equal(getattr(first, name), value)
+
+
+def test_maps_of_frame_size_need_equal_frames(package: EnginePackage, picture: Any) -> None:
+    with (
+        OpenVinoBackend.open(package, map_size="frame") as backend,
+        pytest.raises(RecipeError, match="needs views of one size"),
+    ):
+        backend.infer([picture, picture[:50]])
+
+
+def test_closed_backend_and_unknown_names(package: EnginePackage, picture: Any) -> None:
+    backend = OpenVinoBackend.open(package, map_size="model")
+    backend.close()
+    with pytest.raises(BackendError, match="closed"):
+        backend.infer([picture])
+    with pytest.raises(RecipeError, match="unknown precision 'int4'"):
+        OpenVinoBackend.open(package, map_size="model", precision="int4")
+    with pytest.raises(RecipeError, match="Did you mean 'openvino'"):
+        backend_class("openvin")
+
+
+def test_compiled_models_are_cached(package: EnginePackage, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DAPO_EDGE_CACHE", str(tmp_path))
+    OpenVinoBackend.open(package, map_size="model").close()
+    assert list(tmp_path.rglob("*.blob"))
+
+
+def test_no_cache_folder_is_said_not_hidden(
+    package: EnginePackage, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DAPO_EDGE_CACHE", str(tmp_path / "file"))
+    OpenVinoBackend.open(package, map_size="model").close()
+    assert "no model cache" in caplog.text
+
+
+def test_memory_stays_flat(package: EnginePackage) -> None:
+    """A short version of the 2,000 frames that benchmarks/spine.py measures."""
+    frame = np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)
+
+    def resident_mb() -> float:
+        with open("/proc/self/statm") as file:  # noqa: PTH123
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    with OpenVinoBackend.open(package, map_size="frame") as backend:
+        for _ in range(100):
+            backend.infer([frame])
+        before = resident_mb()
+        for _ in range(300):
+            backend.infer([frame])
+        assert resident_mb() - before <= 10

@@ -1,0 +1,114 @@
+"""The opened towers against open_clip's own forward passes, and the models that must be refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dapo_edge.errors import DependencyMissing, RecipeError
+from dapo_edge.models.clip import Clip, ImageEncoder, load_clip, resize_position
+
+
+@pytest.fixture(scope="module")
+def clip(tiny_config: Path) -> Clip:
+    return load_clip(str(tiny_config), seed=1)
+
+
+@torch.no_grad()
+def test_image_tower_equals_open_clip(clip: Clip) -> None:
+    encoder = ImageEncoder(clip.visual, clip.image_size, (2, 5), None)
+    image = torch.randn(2, 3, 64, 64)
+    taps, embedding = encoder(image)
+    theirs = clip.visual.forward_intermediates(image, indices=[1, 4], output_fmt="NLC", normalize_intermediates=False)
+    assert torch.allclose(embedding, theirs["image_features"], atol=1e-5)
+    for mine, other in zip(taps, theirs["image_intermediates"], strict=True):
+        assert torch.allclose(mine, other, atol=1e-5)
+
+
+@torch.no_grad()
+def test_text_tower_equals_open_clip(clip: Clip) -> None:
+    from dapo_edge.models.prompts import HybridPrompts
+
+    width = clip.text.token_embedding.weight.shape[1]
+    plain = HybridPrompts(torch.zeros(1, 0, width), torch.zeros(1, 0, width), torch.zeros(0, 4, width))
+    rows = plain(clip, ["scratch"], "object", "eot")
+    theirs = clip.text.encode_text(clip.tokenizer(["flawless object", "scratch anomaly object"]), normalize=True)
+    assert torch.allclose(rows, theirs, atol=1e-5)
+
+
+def test_seeded_weights_are_repeatable(tiny_config: Path) -> None:
+    before = torch.random.get_rng_state()
+    one, same, other = (load_clip(str(tiny_config), seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(one.visual.proj, same.visual.proj)
+    assert not torch.equal(one.visual.proj, other.visual.proj)
+    assert torch.equal(before, torch.random.get_rng_state()), "the caller's random numbers were disturbed"
+
+
+def test_position_embedding_is_kept_at_its_own_size_and_resized_elsewhere() -> None:
+    position = torch.randn(1 + 16, 8)
+    assert torch.equal(resize_position(position, (4, 4)), position)
+    larger = resize_position(position, (6, 6))
+    assert larger.shape == (37, 8)
+    assert torch.equal(larger[0], position[0])
+
+
+def test_a_local_checkpoint_is_loaded(tiny_config: Path, tmp_path: Path) -> None:
+    import open_clip
+
+    source = load_clip(str(tiny_config), seed=9)
+    torch.save(source.text.state_dict(), tmp_path / "weights.pt")
+    loaded = load_clip(str(tiny_config), checkpoint=tmp_path / "weights.pt", seed=1)
+    assert torch.equal(loaded.visual.proj, source.visual.proj)
+    assert loaded.weights == "weights.pt"
+    assert "tiny-test-clip" in open_clip.list_models()
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("ViT-B-61", "Did you mean 'ViT-B-16'"),
+        ("RN50", "not a ViT"),
+        ("coca_ViT-B-32", "pools by attention"),
+    ],
+)
+def test_unsuitable_models_are_refused(model: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_clip(model)
+
+
+def test_unknown_weights_name_the_tags() -> None:
+    with pytest.raises(RecipeError, match=r"no pretrained weights 'opnai'.*openai"):
+        load_clip("ViT-B-16", pretrained="opnai")
+
+
+def test_weights_that_cannot_be_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    import open_clip
+
+    def no_network(*args: object, **kwargs: object) -> None:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(open_clip, "create_model", no_network)
+    with pytest.raises(DependencyMissing, match=r"can't be downloaded \(Name or service not known\).*checkpoint"):
+        load_clip("ViT-B-16", pretrained="openai")
+
+
+def test_checkpoints_that_do_not_fit(tiny_config: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="does not exist"):
+        load_clip(str(tiny_config), checkpoint=tmp_path / "none.pt")
+    torch.save({"visual.proj": torch.zeros(3, 3)}, tmp_path / "other.pt")
+    with pytest.raises(RecipeError, match="does not fit"):
+        load_clip(str(tiny_config), checkpoint=tmp_path / "other.pt")
+
+
+def test_broken_model_config(tmp_path: Path) -> None:
+    (tmp_path / "broken.json").write_text(json.dumps({"embed_dim": 3}))
+    with pytest.raises(RecipeError, match="not an open_clip model config"):
+        load_clip(str(tmp_path / "broken.json"))
+
+
+def test_image_size_must_hold_whole_patches(clip: Clip) -> None:
+    with pytest.raises(RecipeError, match="Use 96 or 112"):
+        ImageEncoder(clip.visual, 100, (5,), None)

@@ -1,0 +1,139 @@
+"""Inspector, regions and verdicts; a fake backend shows how small the contract is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dapo_edge import Inspector
+from dapo_edge.backends.base import MapBatch
+from dapo_edge.errors import FrameError, RecipeError
+from dapo_edge.package import EnginePackage, Threshold, Thresholds
+from dapo_edge.prompt_bank import PromptBank
+from dapo_edge.runtime.decide import decide
+
+
+class FakeBackend:
+    """Sees one defect of the second type in a fixed corner of the patch grid."""
+
+    name, device, precision = "fake", "none", "fp32"
+
+    def __init__(self, package: EnginePackage) -> None:
+        self.bank = package.bank()
+        self.spec = package.manifest.map
+
+    def infer(self, views: Sequence[Any]) -> MapBatch:
+        from dapo_edge.kernels import reference
+
+        probs = np.zeros((len(views), len(self.bank.names), *self.spec.grid), np.float32)
+        probs[:, 0] = 1
+        probs[:, :, 1:3, 4:6] = np.array([0.1, 0.2, 0.7, 0.0], np.float32)[None, :, None, None]
+        anomaly, types = reference.defect_map(probs, *self.spec.tables((96, 96)))
+        return MapBatch(anomaly, types, probs, np.full(len(views), 0.8, np.float32), {"encode": 1.0})
+
+    def set_bank(self, bank: PromptBank) -> None:
+        self.bank = bank
+
+    def close(self) -> None:
+        self.closed = True
+
+    def __enter__(self) -> FakeBackend:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def limits(image: float, pixel: float) -> Thresholds:
+    image_limit, pixel_limit = (
+        Threshold(value=value, false_reject_rate=0, confidence_95=(0, 0.1)) for value in (image, pixel)
+    )
+    return Thresholds(image=image_limit, pixel=pixel_limit, source="test", frames=10)
+
+
+def test_a_region_is_found_named_and_placed(package: EnginePackage) -> None:
+    with Inspector.on(package, FakeBackend(package)) as inspector:
+        inspector.thresholds = limits(0.5, 0.45)
+        result = inspector.inspect(np.zeros((480, 960, 3), np.uint8))
+    assert result.verdict == "ng"
+    assert result.score == pytest.approx(0.8)
+    assert result.types == ("normal", "scratch", "missing part", "glue")
+    assert result.anomaly_map.shape == (96, 96)
+    assert result.type_map.max() == 2
+    (region,) = result.regions
+    assert region.type == "missing part"
+    assert 0.7 < region.score <= 0.91
+    x, y, width, height = region.box
+    # Patches 4 and 5 of 6 columns, 1 and 2 of 6 rows, in a frame of 960 x 480.
+    assert 560 <= x <= 680
+    assert x + width == 960
+    assert 40 <= y <= 110
+    assert 200 <= y + height <= 290
+    assert 0 < region.area_px <= width * height
+    assert result.frame_size == (960, 480)
+    assert {"encode", "decide", "total"} <= result.ms.keys()
+
+
+def test_the_real_engine_end_to_end(package: EnginePackage, picture: Any) -> None:
+    with Inspector(package.path, map_size="frame") as inspector:
+        result = inspector.inspect(picture)
+        grey = inspector.inspect(picture[:, :, 0])
+        same = inspector.inspect(np.repeat(picture[:, :, :1], 3, axis=2))
+    assert result.anomaly_map.shape == picture.shape[:2]
+    assert result.anomaly_map.dtype == np.float32
+    assert result.type_map.dtype == np.uint8
+    assert 0 <= result.anomaly_map.min() <= result.anomaly_map.max() <= 1
+    np.testing.assert_array_equal(grey.anomaly_map, same.anomaly_map)
+    assert result.ms["total"] >= result.ms["encode"] > 0
+
+
+@pytest.mark.parametrize(
+    ("score", "highest", "verdict"),
+    [(0.4, 0.3, "ok"), (0.6, 0.3, "unsure"), (0.4, 0.7, "unsure"), (0.6, 0.7, "ng"), (0.5, 0.45, "ok")],
+)
+def test_verdicts(score: float, highest: float, verdict: str) -> None:
+    assert decide(score, highest, limits(0.5, 0.45)) == verdict
+
+
+def test_an_uncalibrated_package_never_decides(package: EnginePackage) -> None:
+    assert decide(1.0, 1.0, Thresholds()) == "unsure"
+    with Inspector.on(package, FakeBackend(package)) as inspector:
+        inspector.thresholds = Thresholds()
+        result = inspector.inspect(np.zeros((96, 96, 3), np.uint8))
+    assert (result.verdict, result.regions) == ("unsure", ())
+
+
+def test_words_change_without_a_new_engine(package: EnginePackage) -> None:
+    bank = package.bank()
+    renamed = PromptBank(("normal", "Kratzer", "Fehlteil", "Kleber"), bank.rows)
+    with Inspector.on(package, FakeBackend(package)) as inspector:
+        inspector.thresholds = limits(0.5, 0.45)
+        inspector.set_bank(renamed)
+        assert inspector.inspect(np.zeros((96, 96, 3), np.uint8)).regions[0].type == "Fehlteil"
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((96, 96, 3), np.float32), "must be a uint8 array, not float32"),
+        (np.zeros((96, 96, 3), np.uint16), "must be a uint8 array, not uint16"),
+        ([[1, 2], [3, 4]], "must be a uint8 array, not list"),
+        (None, "must be a uint8 array, not NoneType"),
+        (np.zeros((96, 96, 2), np.uint8), r"not \[96, 96, 2\]"),
+        (np.zeros((96,), np.uint8), r"not \[96\]"),
+        (np.zeros((0, 0, 3), np.uint8), "0 x 0 px"),
+        (np.zeros((1, 1, 3), np.uint8), "1 x 1 px"),
+        (np.broadcast_to(np.uint8(0), (20_000, 20_000, 3)), "at most 100 million pixels"),
+    ],
+)
+def test_impossible_frames(package: EnginePackage, image: Any, message: str) -> None:
+    with Inspector.on(package, FakeBackend(package)) as inspector, pytest.raises(FrameError, match=message):
+        inspector.inspect(image)
+
+
+def test_unknown_backend(package: EnginePackage) -> None:
+    with pytest.raises(RecipeError, match="unknown backend 'tensorflow'"):
+        Inspector(package.path, backend="tensorflow")

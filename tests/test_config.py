@@ -1,0 +1,93 @@
+"""Recipes: every mistake is named, with the nearest valid key."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dapo_edge.config import load_recipe, parse_recipe, recipe_schema
+from dapo_edge.errors import RecipeError
+
+VALID: dict[str, Any] = {"name": "a", "backbone": {"model": "ViT-B-16"}, "prompts": {"defects": ["scratch"]}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"methd": "dapo"}, r"unknown key 'methd' \(did you mean 'method'\?\)"),
+        (
+            {"backbone": {"model": "x", "pretraned": "y"}},
+            r"unknown key 'backbone.pretraned' \(did you mean 'pretrained'",
+        ),
+        ({"image_size": "large"}, "'image_size' is 'large': input should be a valid integer"),
+        ({"precision": "int4"}, "'precision' is 'int4'"),
+        ({"name": "a/b"}, "'name' is 'a/b'"),
+        ({"prompts": {"defects": []}}, "'prompts.defects'"),
+        ({"prompts": {"defects": ["a", "a"]}}, "given twice: a"),
+        ({"prompts": {"defects": ["normal"]}}, "'normal' is the name of the bank's first row"),
+        ({"prompts": {"defects": [3]}}, "'prompts.defects.0' is 3"),
+        ({"map": {"size": [640, 0]}}, "must lie in 1"),
+        ({"map": {"smoothing_px": -1}}, "'map.smoothing_px' is -1"),
+        ({"backbone": {"model": "x", "pretrained": "y", "checkpoint": "z"}}, "not both"),
+        ({"backbone": None}, "'backbone' is None"),
+    ],
+)
+def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe({**VALID, **change})
+
+
+def test_every_mistake_is_named_at_once() -> None:
+    with pytest.raises(RecipeError, match=r"seed.*methd"):
+        parse_recipe({**VALID, "methd": 1, "seed": -1})
+
+
+def test_missing_keys_are_named() -> None:
+    with pytest.raises(RecipeError, match="the key 'prompts' is missing"):
+        parse_recipe({"name": "a", "backbone": {"model": "x"}})
+
+
+def test_defects_take_words_and_phrases() -> None:
+    recipe = parse_recipe({**VALID, "prompts": {"defects": [" cut ", {"glue": "dried glue"}]}})
+    assert [(defect.name, defect.phrase) for defect in recipe.prompts.defects] == [
+        ("cut", "cut"),
+        ("glue", "dried glue"),
+    ]
+
+
+def test_paths_are_relative_to_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(
+        "name: a\nbackbone: {model: own.json, checkpoint: w/x.pt}\nprompts: {defects: [a], tuned: t.safetensors}\n"
+        "thresholds: {frames: good}\n"
+    )
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert recipe.backbone.model == str(tmp_path / "own.json")
+    assert recipe.backbone.checkpoint == tmp_path / "w/x.pt"
+    assert recipe.prompts.tuned == tmp_path / "t.safetensors"
+    assert recipe.thresholds.frames == str(tmp_path / "good")
+    assert recipe.gate.frames == "synthetic"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "holds no keys"),
+        (b"a: [", "not valid YAML"),
+        (b"\xff\xfe\x00", "not a text file"),
+        (b"- 1", "holds no keys"),
+    ],
+)
+def test_unreadable_recipes(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "r.yaml").write_bytes(content)
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(tmp_path / "r.yaml")
+    with pytest.raises(RecipeError, match="can't be read"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_schema_describes_every_key() -> None:
+    schema = json.loads(recipe_schema())
+    assert {"name", "method", "backbone", "prompts", "map", "gate"} <= schema["properties"].keys()
