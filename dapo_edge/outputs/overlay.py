@@ -62,8 +62,8 @@ def _heated(image: Image, inspection: Inspection) -> Image:
     cv2 = require("cv2")
     height, width = image.shape[:2]
     start = min(HEAT_FROM if inspection.pixel_threshold is None else inspection.pixel_threshold, HIGHEST_START)
-    above = (np.nan_to_num(inspection.anomaly_map) - start) / (1 - start)
-    levels = np.round(np.clip(above, 0, 1) * 255).astype(np.uint8)
+    anomaly = np.clip(np.nan_to_num(inspection.anomaly_map), start, 1)
+    levels = np.round((anomaly - start) / (1 - start) * 255).astype(np.uint8)
     levels = cv2.resize(levels, (width, height), interpolation=cv2.INTER_LINEAR)
     levels = cv2.merge([levels, levels, levels])
     layer, keep = _heat()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from typing_extensions import Self
 
 from dapo_edge.backends.base import Backend, MapSize, backend_class
-from dapo_edge.errors import FrameError
+from dapo_edge.errors import BackendError, FrameError
 from dapo_edge.package import EnginePackage
 from dapo_edge.prompt_bank import PromptBank
 from dapo_edge.runtime.decide import decide, find_regions
@@ -57,11 +58,17 @@ class Inspector:
         batch = self.backend.infer([view])
         decided = time.perf_counter()
         anomaly, score = batch.anomaly[0], float(batch.image_scores[0])
+        highest = float(anomaly.max())  # NaN if any pixel is
+        if not (math.isfinite(highest) and math.isfinite(score)):
+            raise BackendError(
+                f"the engine returned values that are not numbers ({self.backend.name}, {self.backend.precision})",
+                "Run in fp32, or build the package again: a float type overflowed or the weights are damaged",
+            )
         size = (view.shape[1], view.shape[0])
         limit = self.thresholds.pixel.value if self.thresholds.pixel else None
         spec = self.package.manifest.map
         regions = () if limit is None else find_regions(anomaly, batch.patch_probs[0], bank.names, spec, limit, size)
-        verdict = decide(score, float(anomaly.max()), self.thresholds)
+        verdict = decide(score, highest, self.thresholds)
         finished = time.perf_counter()
         ms = {**batch.stage_ms, "decide": (finished - decided) * 1e3, "total": (finished - started) * 1e3}
         defect_map = DefectMap(anomaly, batch.types[0], bank.names)

@@ -10,7 +10,7 @@ import pytest
 
 from dapo_edge import Inspector
 from dapo_edge.backends.base import MapBatch
-from dapo_edge.errors import FrameError, RecipeError
+from dapo_edge.errors import BackendError, FrameError, RecipeError
 from dapo_edge.package import EnginePackage, Threshold, Thresholds
 from dapo_edge.prompt_bank import PromptBank
 from dapo_edge.runtime.decide import decide
@@ -132,6 +132,20 @@ def test_words_change_without_a_new_engine(package: EnginePackage) -> None:
 def test_impossible_frames(package: EnginePackage, image: Any, message: str) -> None:
     with Inspector.on(package, FakeBackend(package)) as inspector, pytest.raises(FrameError, match=message):
         inspector.inspect(image)
+
+
+def test_values_that_are_no_numbers_are_an_error_not_a_verdict(package: EnginePackage) -> None:
+    class Overflowing(FakeBackend):
+        def infer(self, views: Sequence[Any]) -> MapBatch:
+            batch = super().infer(views)
+            batch.anomaly[0, 3, 5] = np.nan
+            return batch
+
+    with (
+        Inspector.on(package, Overflowing(package)) as inspector,
+        pytest.raises(BackendError, match=r"not numbers \(fake, fp32\)"),
+    ):
+        inspector.inspect(np.zeros((96, 96, 3), np.uint8))
 
 
 def test_unknown_backend(package: EnginePackage) -> None:

@@ -1,0 +1,199 @@
+"""The command line as a user meets it: a subprocess, its streams and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from dapo_edge.package import EnginePackage
+
+RUN = [sys.executable, "-m", "dapo_edge"]
+
+
+def dapo_edge(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*RUN, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False, **options
+    )
+
+
+def refused(code: int, *texts: str, result: subprocess.CompletedProcess[str]) -> None:
+    """Exit code, and one line on stderr that starts with "error:" and holds all texts."""
+    assert result.returncode == code, result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    for text in texts:
+        assert text in errors[0]
+
+
+@pytest.fixture(scope="module")
+def recipe_file(tiny_fields: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipes") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tiny_fields))
+    return path
+
+
+def test_build_run_and_accounting(recipe_file: Path, tmp_path: Path) -> None:
+    built = dapo_edge("build", recipe_file, "-o", tmp_path / "p.dapo", "--json")
+    assert built.returncode == 0, built.stderr
+    assert json.loads(built.stdout)["package"] == str(tmp_path / "p.dapo")
+    assert "accuracy gate, fp32" in built.stderr
+    assert "seeded weights" in built.stderr
+
+    run = dapo_edge(
+        "run", tmp_path / "p.dapo", "synthetic://128x96@30?seed=1", "--frames", 3, "--json", "--out", tmp_path / "o"
+    )
+    assert run.returncode == 0, run.stderr
+    *lines, last = [json.loads(line) for line in run.stdout.splitlines()]
+    assert [line["index"] for line in lines] == [0, 1, 2]
+    for line in lines:
+        assert list(line) == ["source", "index", "timestamp_ns", "score", "verdict", "defects", "ms"]
+        assert set(line["ms"]) == {"preprocess", "encode", "map", "decide", "total"}
+        assert line["verdict"] in ("ok", "ng", "unsure")
+        for defect in line["defects"]:
+            assert list(defect) == ["type", "score", "area_px", "box"]
+    summary = last["summary"]
+    assert (summary["captured"], summary["inspected"], summary["dropped"], summary["failed"]) == (3, 3, 0, 0)
+    assert sum(summary["verdicts"].values()) == 3
+    assert len(list((tmp_path / "o").glob("*.png"))) == 3
+
+
+def test_text_goes_to_stderr_only(package: EnginePackage) -> None:
+    run = dapo_edge("run", package.path, "synthetic://64x64@30?frames=2")
+    assert run.stdout == ""
+    assert "2 captured, 2 inspected, 0 dropped, 0 failed" in run.stderr
+
+
+def test_bad_frames_are_counted_and_the_run_goes_on(package: EnginePackage, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("a.png", "c.png"):
+        Image.fromarray(rng.integers(0, 256, (40, 60, 3), np.uint8)).save(tmp_path / name)
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:500])
+    (tmp_path / "d.png").touch()
+    run = dapo_edge("run", package.path, tmp_path, "--json")
+    assert run.returncode == 5
+    *lines, last = [json.loads(line) for line in run.stdout.splitlines()]
+    assert [("error" in line) for line in lines] == [False, True, False, True]
+    assert "d.png" in lines[3]["error"]
+    summary = last["summary"]
+    assert (summary["captured"], summary["inspected"], summary["failed"]) == (4, 2, 2)
+
+
+def test_show_doctor_bench(package: EnginePackage) -> None:
+    shown = json.loads(dapo_edge("show", package.path, "--json").stdout)
+    assert shown["defects"] == {"scratch": "scratch", "missing part": "missing part", "glue": "dried glue strip"}
+    assert shown["digest"] == package.digest
+    assert "dried glue strip" in dapo_edge("show", package.path).stdout
+
+    doctor = json.loads(dapo_edge("doctor", package.path, "--json").stdout)
+    assert doctor["ready"] is True
+    assert all(check["ok"] for check in doctor["checks"])
+
+    bench = json.loads(
+        dapo_edge("bench", package.path, "--json", "--frames", 5, "--warmup", 1, "--source", "synthetic://128x96").stdout
+    )
+    assert bench["schema"] == "dapo-edge bench 1"
+    assert bench["source"]["width"] == 128
+    assert set(bench["stages"]) == {"preprocess", "encode", "map", "decide", "total"}
+    for stage in bench["stages"].values():
+        assert list(stage) == ["n", "mean", "std", "min", "p50", "p90", "p95", "p99", "max"]
+        assert stage["n"] == 5
+        assert stage["min"] <= stage["p50"] <= stage["p90"] <= stage["p99"] <= stage["max"]
+
+
+def test_recipe_errors(recipe_file: Path, tiny_fields: dict[str, Any], tmp_path: Path) -> None:
+    def build(**changes: Any) -> subprocess.CompletedProcess[str]:
+        (tmp_path / "r.yaml").write_text(yaml.safe_dump({**tiny_fields, **changes}))
+        return dapo_edge("build", tmp_path / "r.yaml", "-o", tmp_path / "x.dapo")
+
+    refused(2, "unknown key 'precission' (did you mean 'precision'?)", result=build(precission="fp32"))
+    refused(2, "'image_size' is 'big'", result=build(image_size="big"))
+    refused(2, "unknown method 'dap'", "dapo", result=build(method="dap"))
+    refused(2, "unknown backbone model 'ViT-B-61'", "ViT-B-16", result=build(backbone={"model": "ViT-B-61"}))
+    refused(2, "can't be read", result=dapo_edge("build", tmp_path / "none.yaml"))
+    refused(2, "no recipe given", result=dapo_edge("build"))
+    refused(2, "No such option", result=dapo_edge("build", recipe_file, "--fast"))
+    assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
+
+
+def test_package_and_source_errors(package: EnginePackage, package_copy: Path, tmp_path: Path) -> None:
+    refused(3, "there is no engine package", result=dapo_edge("run", tmp_path / "no.dapo", "synthetic://"))
+    refused(5, "unknown kind", "synthetic://", result=dapo_edge("run", package.path, "rtps://camera"))
+    refused(5, "No such file", result=dapo_edge("run", package.path, tmp_path / "none.png"))
+    (tmp_path / "video.mp4").write_bytes(b"not a video")
+    refused(5, "video.mp4", result=dapo_edge("run", package.path, tmp_path / "video.mp4"))
+    blocked = dapo_edge("run", package.path, "synthetic://?frames=1", "--out", package.encoder_path / "sub")
+    refused(1, "can't be written", result=blocked)
+    refused(2, "not a map size", result=dapo_edge("run", package.path, "synthetic://", "--map-size", "0x5"))
+    encoder = package_copy / "encoder.onnx"
+    encoder.write_bytes(encoder.read_bytes()[:-1])
+    for command in (["show"], ["doctor"], ["bench"]):
+        refused(3, "truncated or edited", "build it again", result=dapo_edge(*command, package_copy))
+
+
+def test_weights_without_a_network(tiny_fields: dict[str, Any], tmp_path: Path) -> None:
+    fields = {**tiny_fields, "backbone": {"model": "ViT-B-32", "pretrained": "laion400m_e32"}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(fields))
+    offline = {"HF_HUB_OFFLINE": "1", "PATH": "/usr/bin", "HF_HOME": str(tmp_path / "hf")}
+    result = dapo_edge("build", tmp_path / "r.yaml", "-o", tmp_path / "x.dapo", env=offline)
+    refused(7, "can't be downloaded", "backbone.checkpoint", result=result)
+    assert not list(tmp_path.glob("*.dapo"))
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*RUN, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+    )
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_stopping_a_run(package: EnginePackage, number: int, code: int) -> None:
+    process = start("run", package.path, "synthetic://64x64@30", "--json")
+    assert process.stdout is not None
+    for _ in range(5):
+        process.stdout.readline()
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=30)
+    assert process.returncode == code, errors
+    summary = json.loads(output.splitlines()[-1])["summary"]
+    assert summary["captured"] == summary["inspected"] >= 5
+    assert "Traceback" not in errors
+
+
+def test_stopping_a_build(recipe_file: Path, package_copy: Path) -> None:
+    process = start("build", recipe_file, "-o", package_copy)
+    assert process.stderr is not None
+    while "exporting" not in process.stderr.readline():
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert EnginePackage.open(package_copy).manifest.name == "tiny"
+    assert [path.name for path in package_copy.parent.iterdir()] == [package_copy.name]
+
+
+def test_a_reader_that_goes_away(package: EnginePackage) -> None:
+    command = f"{' '.join(RUN)} run {package.path} synthetic://64x64@30 --frames 400 --json | head -n 1"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert json.loads(result.stdout)["index"] == 0
+    assert "Traceback" not in result.stderr
+    assert "error" not in result.stderr
+
+
+def test_help_of_every_command() -> None:
+    help_text = dapo_edge("--help").stdout
+    for command in ("build", "run", "show", "doctor", "bench", "demo"):
+        assert command in help_text
+        assert dapo_edge(command, "--help").returncode == 0
+    assert json.loads(dapo_edge("build", "--schema").stdout)["title"] == "Recipe"
+    assert yaml.safe_load(dapo_edge("build", "--print-demo-recipe").stdout)["name"] == "surface-tiny"
