@@ -100,7 +100,9 @@ def test_show_doctor_bench(package: EnginePackage) -> None:
     assert all(check["ok"] for check in doctor["checks"])
 
     bench = json.loads(
-        dapo_edge("bench", package.path, "--json", "--frames", 5, "--warmup", 1, "--source", "synthetic://128x96").stdout
+        dapo_edge(
+            "bench", package.path, "--json", "--frames", 5, "--warmup", 1, "--source", "synthetic://128x96"
+        ).stdout
     )
     assert bench["schema"] == "dapo-edge bench 1"
     assert bench["source"]["width"] == 128

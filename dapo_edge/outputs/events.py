@@ -12,7 +12,7 @@ def frame_json(outcome: Outcome) -> dict[str, Any]:
     frame, result = outcome.frame, outcome.inspection
     head: dict[str, Any] = {"source": outcome.source}
     if frame is not None:
-        head |= {"index": frame.index, "timestamp_ns": frame.timestamp_ns}
+        head = {"source": frame.source, "index": frame.index, "timestamp_ns": frame.timestamp_ns}
     if result is None:
         return {**head, "error": str(outcome.error)}
     return {
@@ -30,7 +30,7 @@ def frame_json(outcome: Outcome) -> dict[str, Any]:
 def frame_text(outcome: Outcome) -> str:
     """The same for people."""
     frame, result = outcome.frame, outcome.inspection
-    place = outcome.source if frame is None else f"{outcome.source} #{frame.index}"
+    place = outcome.source if frame is None else f"{frame.source} #{frame.index}"
     if result is None:
         return f"{place}  failed: {outcome.error}"
     found = ", ".join(f"{region.type} {region.score:.2f} at {list(region.box)}" for region in result.regions[:4])

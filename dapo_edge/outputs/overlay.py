@@ -72,7 +72,7 @@ def _heated(image: Image, inspection: Inspection) -> Image:
 
 
 def _outline(image: Image, inspection: Inspection) -> None:
-    """Draw each region's contour, or its box where the type map has none of its type. Changes `image`."""
+    """Draw each region's contour, or its box where the map does not show it. Changes `image`."""
     cv2 = require("cv2")
     height, width = image.shape[:2]
     thickness = max(2, round(min(height, width) / 360))
@@ -80,14 +80,22 @@ def _outline(image: Image, inspection: Inspection) -> None:
     for region in inspection.regions:
         index = _type_index(region, inspection)
         if index not in masks:
-            masks[index] = _enlarged(inspection.type_map == index, width, height)
+            masks[index] = _enlarged(_defective(inspection, index), width, height)
         x, y, w, h = _inside(region, width, height)
         inner = masks[index][y : y + h, x : x + w]
-        if index == 0 or not inner.any():
+        if not inner.any():
             inner = np.ones((h, w), np.bool_)
         contours, _ = cv2.findContours(inner.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE, offset=(x, y))
         for colour, extra in ((HALO, 2), (type_colour(index), 0)):
             cv2.drawContours(image, contours, -1, colour, thickness + extra, cv2.LINE_AA)
+
+
+def _defective(inspection: Inspection, index: int) -> NDArray[np.bool_]:
+    """The map's pixels that belong to a region of type `index`, as far as is known, [H, W] bool."""
+    if inspection.pixel_threshold is not None:
+        above: NDArray[np.bool_] = inspection.anomaly_map > inspection.pixel_threshold
+        return above
+    return (inspection.type_map == index) & (index > 0)
 
 
 def _enlarged(mask: NDArray[np.bool_], width: int, height: int) -> NDArray[np.bool_]:

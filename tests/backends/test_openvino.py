@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from banks import contrasting_bank
 
 from dapo_edge.backends.base import backend_class
 from dapo_edge.backends.openvino import OpenVinoBackend
@@ -18,12 +19,10 @@ from dapo_edge.prompt_bank import PromptBank
 
 @pytest.fixture(scope="module")
 def sharp(package: EnginePackage) -> PromptBank:
-    """A bank whose map has contrast even with seeded weights: rows drawn around real patch tokens."""
     rng = np.random.default_rng(2)
     with OpenVinoBackend.open(package, map_size="model") as backend:
         tokens, _ = backend.encode([rng.integers(0, 256, (96, 96, 3), np.uint8)])
-    rows = tokens[0, 0, :4] - tokens[0, 0].mean(axis=0)
-    return PromptBank(package.bank().names, rows / np.linalg.norm(rows, axis=1, keepdims=True))
+    return contrasting_bank(package.bank().names, tokens)
 
 
 @pytest.mark.parametrize("map_size", ["model", "frame", (33, 70)])

@@ -1,0 +1,251 @@
+"""Measure the spine's promises on this machine and write benchmarks/results/<device>/spine.json.
+
+    python benchmarks/spine.py [--out FILE] [--rounds 5]
+
+Start-up times are medians of fresh processes. The two ViT-B/16 pipelines run in one process, in turn, by rounds, so
+that a machine that slows down slows both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+
+from dapo_edge import Inspector, build
+from dapo_edge.backends.openvino import OpenVinoBackend
+from dapo_edge.bench import percentiles
+from dapo_edge.config import Recipe, load_recipe, parse_recipe
+from dapo_edge.data.belt import Belt
+from dapo_edge.data.surfaces import DEFECTS, make_surface
+from dapo_edge.device import as_json, this_device
+from dapo_edge.models.eager import EagerBackend
+from dapo_edge.models.method import Method
+from dapo_edge.package import EnginePackage
+from dapo_edge.prompt_bank import PromptBank
+
+HERE = Path(__file__).parent
+DEMO_RECIPE = HERE.parent / "dapo_edge" / "assets" / "surface-tiny.yaml"
+FRAME_SIZE = (1920, 1080)
+WARM, EAGER_FRAMES, OUR_FRAMES = 3, 5, 15
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    device = this_device()
+    folder = HERE / "results" / re.sub(r"[^a-z0-9]+", "-", f"{device.cpu} {device.cores} cores".lower()).strip("-")
+    parser.add_argument("--out", type=Path, default=folder / "spine.json")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        demo = build(load_recipe(DEMO_RECIPE), Path(scratch) / "demo.dapo")
+        vit = build(_vit_b16(), Path(scratch) / "vit-b16.dapo")
+        result = {
+            "schema": "dapo-edge spine 1",
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "command": f"python benchmarks/spine.py --rounds {arguments.rounds}",
+            "device": as_json(device),
+            "start_up": _say("start-up", start_up(demo)),
+            "parity": _say("parity", {"surface-tiny": parity(demo), "ViT-B-16": parity(vit)}),
+            "vit_b16_224_1080p": _say("ViT-B/16", against_eager(vit, arguments.rounds)),
+            "memory": _say("memory", memory(demo)),
+            "belt": _say("belt", {precision: belt(demo, precision) for precision in ("fp32", "fp16")}),
+        }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(f"written: {arguments.out}", file=sys.stderr)
+
+
+def start_up(package: EnginePackage) -> dict[str, float]:
+    """Fresh processes: import, help, and first result of a package whose compiled model is, or is not, cached."""
+    cached = {**os.environ, "DAPO_EDGE_CACHE": str(package.path.parent / "cache")}
+    first = (
+        "import time; t = time.perf_counter()\n"
+        "import numpy as np\nfrom dapo_edge import Inspector\n"
+        f"with Inspector({str(package.path)!r}) as inspector: inspector.inspect(np.zeros((1080, 1920, 3), np.uint8))\n"
+        "print((time.perf_counter() - t) * 1e3)"
+    )
+    imported = "import time; t = time.perf_counter(); import dapo_edge; print((time.perf_counter() - t) * 1e3)"
+
+    def printed(code: str, environment: dict[str, str]) -> float:
+        command = [sys.executable, "-c", code]
+        return float(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
+
+    def helped() -> float:
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "dapo_edge", "--help"], capture_output=True, check=True)
+        return (time.perf_counter() - started) * 1e3
+
+    def uncached() -> float:
+        with tempfile.TemporaryDirectory() as empty:
+            return printed(first, {**os.environ, "DAPO_EDGE_CACHE": empty})
+
+    printed(first, cached)
+    return {
+        "import_ms": _median(lambda: printed(imported, cached)),
+        "help_ms": _median(helped),
+        "first_result_ms": _median(lambda: printed(first, cached)),
+        "first_result_without_cache_ms": _median(uncached),
+    }
+
+
+def parity(package: EnginePackage) -> dict[str, float]:
+    """OpenVINO FP32 against eager torch on generated defects, with a bank that gives the map contrast."""
+    views = [make_surface(seed, (640, 480), good_share=0).image for seed in range(8)]
+    cosine, difference, agreement = [], [], []
+    with (
+        OpenVinoBackend.open(package, map_size="model", precision="fp32") as compiled,
+        EagerBackend.open(package, map_size="model") as eager,
+    ):
+        tokens = compiled.encode(views[:1])[0][0, 0].copy()
+        rows = tokens[:: len(tokens) // len(package.bank().names)][: len(package.bank().names)] - tokens.mean(axis=0)
+        bank = PromptBank(package.bank().names, rows / np.linalg.norm(rows, axis=1, keepdims=True))
+        for view in views:
+            got, expected = compiled.encode([view])[0], eager.encode([view])[0]
+            lengths = np.linalg.norm(got, axis=-1) * np.linalg.norm(expected, axis=-1)
+            cosine.append(((got * expected).sum(-1) / lengths).min())
+            for backend in (compiled, eager):
+                backend.set_bank(bank)
+            ours, reference = compiled.infer([view]), eager.infer([view])
+            difference.append(np.abs(ours.anomaly - reference.anomaly).max())
+            agreement.append((ours.types == reference.types).mean())
+    return {
+        "token_cosine_min": float(min(cosine)),
+        "map_difference_max": float(max(difference)),
+        "type_agreement_min": float(min(agreement)),
+    }
+
+
+def against_eager(package: EnginePackage, rounds: int) -> dict[str, Any]:
+    """One 1080p frame in, anomaly and type map out, batch 1: the package against the usual torch pipeline."""
+    frames = [Belt(FRAME_SIZE, seed=1).frame(index * 15).image for index in range(8)]
+    eager = EagerBackend.open(package, map_size="model")
+    usual = _usual_pipeline(eager.method, eager.bank, package.manifest.map.smoothing_px)
+    timings: dict[str, list[float]] = {"eager": [], "ours": []}
+    stages: dict[str, list[float]] = {}
+    ratios = []
+    with Inspector(package) as inspector:
+        expected = usual(frames[0])[0]
+        got = inspector.inspect(frames[0]).anomaly_map
+        difference = float(np.abs(expected - got).max())
+        for _ in range(rounds):
+            eager_ms = _time(lambda index: usual(frames[index % 8]), EAGER_FRAMES)
+            ours = [inspector.inspect(frames[index % 8]) for index in range(WARM + OUR_FRAMES)][WARM:]
+            ours_ms = [result.ms["total"] for result in ours]
+            for result in ours:
+                for stage, ms in result.ms.items():
+                    stages.setdefault(stage, []).append(ms)
+            timings["eager"] += eager_ms
+            timings["ours"] += ours_ms
+            ratios.append(statistics.median(eager_ms) / statistics.median(ours_ms))
+        outside = 1 - np.median(stages["encode"]) / np.median(stages["total"])
+    return {
+        "precision": "fp32",
+        "defect_types": len(package.bank().names) - 1,
+        "eager_ms": percentiles(np.asarray(timings["eager"])),
+        "ours_ms": {stage: percentiles(np.asarray(values)) for stage, values in stages.items()},
+        "times_faster": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+        "share_outside_encoder": float(outside),
+        "map_difference_to_the_usual_resize": difference,
+    }
+
+
+def memory(package: EnginePackage, frames: int = 2000) -> dict[str, float]:
+    """Resident memory after 100 frames of the belt, and after `frames` more."""
+    with Inspector(package, map_size="frame") as inspector:
+        world = Belt((640, 480), seed=3)
+        for index in range(100):
+            inspector.inspect(world.frame(index).image)
+        before = _resident_mb()
+        for index in range(100, 100 + frames):
+            inspector.inspect(world.frame(index).image)
+        return {"frames": frames, "resident_mb": before, "growth_mb": _resident_mb() - before}
+
+
+def belt(package: EnginePackage, precision: str, frames: int = 200) -> dict[str, Any]:
+    """Frames per second from the generated belt, made and inspected in one thread."""
+    with Inspector(package, precision=precision) as inspector:
+        world = Belt((640, 480), seed=3)
+        for index in range(20):
+            inspector.inspect(world.frame(index).image)
+        started = time.perf_counter()
+        for index in range(20, 20 + frames):
+            inspector.inspect(world.frame(index).image)
+        return {"runs_as": inspector.backend.precision, "fps": frames / (time.perf_counter() - started)}
+
+
+def _usual_pipeline(
+    method: Method, bank: PromptBank, sigma: float
+) -> Callable[[NDArray[np.uint8]], tuple[NDArray[np.float32], NDArray[np.uint8]]]:
+    """What people write: Pillow's bicubic, eager torch, interpolate every channel, cv2's Gaussian."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (method.clip.mean, method.clip.std))
+    rows = torch.from_numpy(bank.rows)
+    size = (method.image_size, method.image_size)
+
+    @torch.inference_mode()
+    def run(frame: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+        rgb = Image.fromarray(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)).resize(size, Image.Resampling.BICUBIC)
+        image = (torch.from_numpy(np.array(rgb)).permute(2, 0, 1).float() / 255 - mean) / std
+        tokens, _ = method(image[None])
+        logits = F.normalize(tokens, dim=-1) @ rows.T / method.temperature
+        probabilities = logits.softmax(-1).mean(1).transpose(1, 2).unflatten(2, method.grid)
+        maps = F.interpolate(probabilities, size=size, mode="bilinear", align_corners=True)[0].numpy()
+        smooth = np.stack([cv2.GaussianBlur(channel, (0, 0), sigma, borderType=cv2.BORDER_REFLECT) for channel in maps])
+        return 1 - smooth[0], smooth.argmax(axis=0).astype(np.uint8)
+
+    return run
+
+
+def _vit_b16() -> Recipe:
+    return parse_recipe(
+        {
+            "name": "vit-b16-224",
+            "backbone": {"model": "ViT-B-16"},
+            "feature_layers": [3, 6, 9, 12],
+            "prompts": {"defects": list(DEFECTS)},
+            "gate": {"count": 2},
+        }
+    )
+
+
+def _time(call: Callable[[int], object], frames: int) -> list[float]:
+    timings = []
+    for index in range(WARM + frames):
+        started = time.perf_counter()
+        call(index)
+        timings.append((time.perf_counter() - started) * 1e3)
+    return timings[WARM:]
+
+
+def _median(measure: Callable[[], float], times: int = 5) -> float:
+    return round(statistics.median(measure() for _ in range(times)), 1)
+
+
+def _resident_mb() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def _say(what: str, value: dict[str, Any]) -> dict[str, Any]:
+    print(f"{what}: {json.dumps(value)}", file=sys.stderr)
+    return value
+
+
+if __name__ == "__main__":
+    main()

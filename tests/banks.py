@@ -1,0 +1,16 @@
+"""Prompt banks with contrast: seeded text towers alone give maps that are flat, and flat maps agree with anything."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dapo_edge.prompt_bank import PromptBank
+
+
+def contrasting_bank(names: tuple[str, ...], tokens: NDArray[np.float32]) -> PromptBank:
+    """Rows drawn around real patch tokens [1, L, N, D], as far apart as those are."""
+    patches = tokens[0].reshape(-1, tokens.shape[-1])
+    picked = np.random.default_rng(2).choice(len(patches), len(names), replace=False)
+    rows = patches[picked] - patches.mean(axis=0)
+    return PromptBank(names, rows / np.linalg.norm(rows, axis=1, keepdims=True))

@@ -1,0 +1,86 @@
+"""What the README says is true: links, snippet, recipe, commands, and the measured figures."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from dapo_edge.config import parse_recipe
+from dapo_edge.package import EnginePackage
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ["README.md", "CONTRIBUTING.md", "engines/README.md", "calibration/README.md", "benchmarks/README.md"]
+
+
+def block(language: str) -> str:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)[0]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_resolve(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        if not target.startswith("http"):
+            assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
+def test_the_python_snippet_runs(package: EnginePackage, capsys: pytest.CaptureFixture[str]) -> None:
+    code = block("python")
+    assert "engines/surface-tiny.dapo" in code
+    exec(code.replace("engines/surface-tiny.dapo", str(package.path)), {})
+    assert "(96, 96)" in capsys.readouterr().out
+
+
+def test_the_recipe_is_valid() -> None:
+    recipe = parse_recipe(yaml.safe_load(block("yaml")))
+    assert recipe.prompts.defects[2].phrase == "dried glue strip"
+
+
+def test_commands_and_options_exist() -> None:
+    from dapo_edge.cli import commands
+
+    for command, rest in re.findall(r"^    dapo-edge (\w+)([^#\n]*)", README, re.MULTILINE):
+        options = {option for parameter in commands.commands[command].params for option in parameter.opts}
+        for option in re.findall(r"--[\w-]+", rest):
+            assert option in options, f"{command} {option}"
+
+
+def test_figures_are_those_that_were_measured() -> None:
+    measured = json.loads((ROOT / "benchmarks/results/amd-epyc-2-cores/spine.json").read_text())
+    vit, start = measured["vit_b16_224_1080p"], measured["start_up"]
+    parity = measured["parity"]["ViT-B-16"]
+    for text in (
+        f"| {vit['ours_ms']['total']['p50']:.1f} ms |",
+        f"| {vit['eager_ms']['p50']:.1f} ms, so {vit['times_faster']['median']:.2f} times slower |",
+        f"| {100 * vit['share_outside_encoder']:.1f} % |",
+        f"| {measured['belt']['fp32']['fps']:.0f} / {measured['belt']['fp16']['fps']:.0f} frames/s |",
+        f"| {np.floor(parity['token_cosine_min'] * 1e7) / 1e7:.7f}, {parity['map_difference_max']:.1e}".replace(
+            "e-0", "e-"
+        ),
+        f"| {measured['memory']['growth_mb']:.1f} MB |",
+        f"| {start['import_ms']:.0f} / {start['help_ms']:.0f} / {start['first_result_ms']:.0f} ms |",
+        f"; {measured['date'][:10]};",
+        measured["device"]["line"].partition(", Linux")[0],
+    ):
+        assert text in README, text
+
+
+def test_the_promises_hold_where_they_were_measured() -> None:
+    measured = json.loads((ROOT / "benchmarks/results/amd-epyc-2-cores/spine.json").read_text())
+    vit, start = measured["vit_b16_224_1080p"], measured["start_up"]
+    assert vit["times_faster"]["min"] >= 2
+    assert vit["share_outside_encoder"] <= 0.10
+    assert measured["memory"]["growth_mb"] <= 20
+    assert start["import_ms"] <= 150
+    assert start["help_ms"] <= 500
+    assert start["first_result_without_cache_ms"] <= 2000
+    for parity in measured["parity"].values():
+        assert parity["token_cosine_min"] >= 0.99999
+        assert parity["map_difference_max"] <= 1e-3
+        assert parity["type_agreement_min"] >= 0.999
