@@ -19,7 +19,8 @@ from dapo_edge.runtime.inspector import Inspector
 from dapo_edge.runtime.pipeline import Statistics, inspect_stream
 from dapo_edge.runtime.sources import open_source
 
-BELT = "synthetic://640x480@30?seed=7"
+BELT_FPS = 30
+BELT = f"synthetic://640x480@{BELT_FPS}?seed=7"
 SHEET_PICTURES, SHEET_COLUMNS = 12, 4
 
 
@@ -33,7 +34,7 @@ def inspect_belt(
     lines: list[str] = []
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with Inspector(package) as inspector, Recorder(folder / "belt.mp4") as recorder:
+    with Inspector(package) as inspector, Recorder(folder / "belt.mp4", fps=BELT_FPS) as recorder:
         for outcome in inspect_stream(inspector, [open_source(f"{BELT}&frames={frames}")]):
             statistics.count(outcome)
             lines.append(json.dumps(frame_json(outcome)))

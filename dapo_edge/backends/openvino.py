@@ -87,7 +87,8 @@ class OpenVinoBackend:
 
     def encode(self, views: Sequence[View]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Patch tokens [B, L, N, D] and image embeddings [B, D]: what the accuracy gate compares."""
-        return self._encode([resize_view(view, self._package.manifest.image_size) for view in views])
+        tokens, embedding = self._encode([resize_view(view, self._package.manifest.image_size) for view in views])
+        return tokens.copy(), embedding.copy()
 
     def set_bank(self, bank: PromptBank) -> None:
         """Use another bank from the next call on."""

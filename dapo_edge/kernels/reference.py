@@ -136,19 +136,23 @@ def image_scores(
 
 
 def region_probabilities(
-    mask: NDArray[np.bool_],  # [H, W]
+    mask: NDArray[np.bool_],  # a window of the map
     probs: FloatArray,  # [K+1, h, w] of one image
     rows: TapTable,
     columns: TapTable,
+    origin: tuple[int, int] = (0, 0),  # row and column of the map where the window starts
 ) -> FloatArray:
     """Mean over the masked pixels of each upsampled channel, `[K+1]` float32 in [0, 1], sum 1.
 
     No channel is upsampled: `sum(mask · (A_y P A_xᵀ)) = <A_yᵀ · mask · A_x, P>`. Raises `ValueError` for an empty mask.
     """
-    y, x = _extent(mask, 0), _extent(mask, 1)
-    inside = mask[y, x]
-    weights: FloatArray = rows.dense()[y].T @ inside.astype(np.float32) @ columns.dense()[x]  # [h, w]
-    return np.tensordot(probs, weights, axes=2) / np.float32(np.count_nonzero(inside))
+    area = np.count_nonzero(mask)
+    if area == 0:
+        raise ValueError("the region's mask is empty")
+    (top, left), (height, width) = origin, mask.shape
+    a_y, a_x = rows.dense()[top : top + height], columns.dense()[left : left + width]
+    weights: FloatArray = a_y.T @ mask.astype(np.float32) @ a_x  # [h, w]
+    return np.tensordot(probs, weights, axes=2) / np.float32(area)
 
 
 def _softmax(logits: FloatArray, axis: int) -> FloatArray:
@@ -183,11 +187,3 @@ def _running_argmax(share: FloatArray, types: TypeArray) -> None:
         np.multiply(winner, np.uint8(channel), out=winner)
         np.maximum(types, winner, out=types)
         np.maximum(best, share[channel], out=best)
-
-
-def _extent(mask: NDArray[np.bool_], axis: int) -> slice:
-    """From the first to the last line along `axis` that holds a true pixel."""
-    used = np.flatnonzero(mask.any(axis=1 - axis))
-    if not len(used):
-        raise ValueError("the region's mask is empty")
-    return slice(int(used[0]), int(used[-1]) + 1)

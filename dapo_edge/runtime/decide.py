@@ -46,14 +46,14 @@ def find_regions(
     regions = []
     for label in range(1, count):
         left, top, across, down, area = (int(value) for value in stats[label])
-        inside = labels == label
-        probabilities = reference.region_probabilities(inside, patch_probs, rows, columns)
         window = (slice(top, top + down), slice(left, left + across))
+        inside = labels[window] == label
+        probabilities = reference.region_probabilities(inside, patch_probs, rows, columns, (top, left))
         x, y = round(left * scale_x), round(top * scale_y)
         regions.append(
             Region(
                 type=names[1 + int(probabilities[1:].argmax())],
-                score=float(anomaly[window][inside[window]].max()),
+                score=float(anomaly[window][inside].max()),
                 area_px=round(area * scale_x * scale_y),
                 box=(x, y, round((left + across) * scale_x) - x, round((top + down) * scale_y) - y),
             )

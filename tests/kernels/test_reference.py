@@ -239,6 +239,14 @@ def test_region_probabilities_are_the_mean_over_the_mask(scene: Scene, seed: int
     assert ours.sum() == pytest.approx(1, abs=ROUNDING)
 
 
+def test_a_region_may_be_given_by_its_window_alone(scene: Scene) -> None:
+    mask = np.zeros((61, 83), bool)
+    mask[20:31, 40:47] = np.random.default_rng(0).random((11, 7)) < 0.6
+    whole = reference.region_probabilities(mask, scene.probs[0], scene.rows, scene.columns)
+    window = reference.region_probabilities(mask[20:31, 40:47], scene.probs[0], scene.rows, scene.columns, (20, 40))
+    np.testing.assert_allclose(window, whole, rtol=0, atol=ROUNDING)
+
+
 def test_an_empty_region_is_refused(scene: Scene) -> None:
     with pytest.raises(ValueError, match="mask is empty"):
         reference.region_probabilities(np.zeros((61, 83), bool), scene.probs[0], scene.rows, scene.columns)

@@ -11,9 +11,10 @@ import pytest
 from dapo_edge import Inspector
 from dapo_edge.backends.base import MapBatch
 from dapo_edge.errors import BackendError, FrameError, RecipeError
+from dapo_edge.kernels import reference
 from dapo_edge.package import EnginePackage, Threshold, Thresholds
 from dapo_edge.prompt_bank import PromptBank
-from dapo_edge.runtime.decide import decide
+from dapo_edge.runtime.decide import decide, find_regions
 
 
 class FakeBackend:
@@ -26,8 +27,6 @@ class FakeBackend:
         self.spec = package.manifest.map
 
     def infer(self, views: Sequence[Any]) -> MapBatch:
-        from dapo_edge.kernels import reference
-
         probs = np.zeros((len(views), len(self.bank.names), *self.spec.grid), np.float32)
         probs[:, 0] = 1
         probs[:, :, 1:3, 4:6] = np.array([0.1, 0.2, 0.7, 0.0], np.float32)[None, :, None, None]
@@ -88,6 +87,24 @@ def test_the_real_engine_end_to_end(package: EnginePackage, picture: Any) -> Non
     assert 0 <= result.anomaly_map.min() <= result.anomaly_map.max() <= 1
     np.testing.assert_array_equal(grey.anomaly_map, same.anomaly_map)
     assert result.ms["total"] >= result.ms["encode"] > 0
+
+
+def test_neighbouring_regions_are_told_apart(package: EnginePackage) -> None:
+    """Two regions whose boxes overlap: each takes only its own pixels into account."""
+    spec = package.manifest.map
+    names = package.bank().names
+    probs = np.zeros((4, *spec.grid), np.float32)
+    probs[0] = 1
+    probs[:, 0, :5] = np.array([0.1, 0.9, 0, 0], np.float32)[:, None]  # an L of the first type ...
+    probs[:, :5, 0] = np.array([0.1, 0.9, 0, 0], np.float32)[:, None]
+    probs[:, 3:5, 3:5] = np.array([0.2, 0, 0, 0.8], np.float32)[:, None, None]  # ... around a blob of the third
+    anomaly, _ = reference.defect_map(probs[None], *spec.tables((120, 120)))
+    regions = find_regions(anomaly[0], probs, names, spec, 0.5, (240, 120))
+    assert [region.type for region in regions] == ["scratch", "glue"]
+    around, blob = (region.box for region in regions)
+    assert around[0] <= blob[0]
+    assert around[0] + around[2] >= blob[0] + blob[2]
+    assert regions[1].score == pytest.approx(0.8, abs=0.05)
 
 
 @pytest.mark.parametrize(
