@@ -16,6 +16,7 @@ import click
 
 from dapo_edge import __version__
 from dapo_edge.errors import DapoEdgeError, RecipeError
+from dapo_edge.extras import named_extras
 
 if TYPE_CHECKING:
     from dapo_edge.runtime.pipeline import Outcome, Statistics
@@ -34,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with the documented code."""
     code = 1
     try:
-        code = commands.main(args=arguments, prog_name="dapo-edge", standalone_mode=False) or 0
+        with named_extras():
+            code = commands.main(args=arguments, prog_name="dapo-edge", standalone_mode=False) or 0
     except DapoEdgeError as error:
         _say(f"error: {error}")
         code = error.exit_code

@@ -57,11 +57,11 @@ def diagnose(package: Path | None = None) -> Diagnosis:
 
 def _module(what: str, module: str, problems: list[DapoEdgeError]) -> Check:
     try:
-        version = getattr(require(module), "__version__", "present")
+        version = str(getattr(require(module), "__version__", "present")).partition("-")[0]
     except DapoEdgeError as error:
         problems.append(error)
         return Check(what, False, str(error))
-    return Check(what, True, str(version))
+    return Check(what, True, version)
 
 
 def _optional(what: str, present: bool, remedy: str) -> Check:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+from collections.abc import Iterator
 from types import ModuleType
 
 from dapo_edge.errors import DependencyMissing
@@ -13,6 +15,7 @@ EXTRA_OF_MODULE = {
     "onnx": "build",
     "open_clip": "build",
     "torch": "build",
+    "torchvision": "build",
 }
 
 
@@ -20,9 +23,24 @@ def require(module: str) -> ModuleType:
     """Import `module`, or raise `DependencyMissing` naming the extra that brings it."""
     try:
         return importlib.import_module(module)
+    except ImportError as error:  # not installed, or installed without a system library that it needs
+        raise _missing(module.partition(".")[0], error) from error
+
+
+@contextlib.contextmanager
+def named_extras() -> Iterator[None]:
+    """Turn the failed import of an optional package into a `DependencyMissing` that names its extra."""
+    try:
+        yield
     except ImportError as error:
-        extra = EXTRA_OF_MODULE[module.partition(".")[0]]
-        raise DependencyMissing(
-            f"the Python package '{module}' can't be imported ({error})",
-            f"Install it: pip install 'dapo-edge[{extra}]'",
-        ) from error
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRA_OF_MODULE:
+            raise
+        raise _missing(package, error) from error
+
+
+def _missing(package: str, error: ImportError) -> DependencyMissing:
+    return DependencyMissing(
+        f"the Python package '{package}' can't be imported ({error})",
+        f"Install it: pip install 'dapo-edge[{EXTRA_OF_MODULE[package]}]'",
+    )

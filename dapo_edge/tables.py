@@ -55,30 +55,34 @@ def package_table(content: dict[str, Any]) -> Table:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
+
+    def row(name: str, value: str) -> None:
+        table.add_row(name, Text(value))  # plain text: words in brackets are no markup
+
     rows, columns = content["map"]["grid"]
-    table.add_row("name", content["name"])
-    table.add_row("method", f"{content['method']}, {'tuned' if content['tuned'] else 'not tuned'}")
-    table.add_row("backbone", f"{content['backbone']}, weights: {content['weights']}")
-    table.add_row("input", f"{content['image_size']} px, {rows} x {columns} patches, batch {content['batch']}")
-    table.add_row("feature layers", ", ".join(map(str, content["feature_layers"])))
-    table.add_row("precision", content["precision"])
-    table.add_row("map", f"size {content['map_size']}, smoothing {content['map']['smoothing_px']} px")
-    table.add_row("image score", content["map"]["score"])
+    row("name", content["name"])
+    row("method", f"{content['method']}, {'tuned' if content['tuned'] else 'not tuned'}")
+    row("backbone", f"{content['backbone']}, weights: {content['weights']}")
+    row("input", f"{content['image_size']} px, {rows} x {columns} patches, batch {content['batch']}")
+    row("feature layers", ", ".join(map(str, content["feature_layers"])))
+    row("precision", content["precision"])
+    row("map", f"size {content['map_size']}, smoothing {content['map']['smoothing_px']} px")
+    row("image score", content["map"]["score"])
     for name, phrase in content["defects"].items():
-        table.add_row("defect", name if name == phrase else f"{name}: {phrase}")
+        row("defect", name if name == phrase else f"{name}: {phrase}")
     for name in ("image", "pixel"):
         limit = content["thresholds"][name]
-        table.add_row(f"{name} threshold", _threshold_text(limit, content["thresholds"]["frames"]))
+        row(f"{name} threshold", _threshold_text(limit, content["thresholds"]["frames"]))
     for precision, drift in content["report"]["precisions"].items():
-        table.add_row(
+        row(
             f"drift {precision}",
             f"map at most {drift['map_difference_max']:.2g}, types {drift['type_agreement']:.2%} equal, "
             f"verdict flips {drift['flips']:.2%}, encoder {drift['encode_ms']:.1f} ms when built",
         )
     for name, entry in content["files"].items():
-        table.add_row("file", f"{name}, {entry['size']:,} bytes")
-    table.add_row("made", f"{content['created']} by dapo-edge {content['versions']['dapo-edge']}")
-    table.add_row("digest", content["digest"])
+        row("file", f"{name}, {entry['size']:,} bytes")
+    row("made", f"{content['created']} by dapo-edge {content['versions']['dapo-edge']}")
+    row("digest", content["digest"])
     return table
 
 
@@ -87,7 +91,7 @@ def doctor_table(diagnosis: Diagnosis) -> Group:
     table = Table(show_header=False, box=None, pad_edge=False)
     for check in diagnosis.checks:
         mark = Text("ok", "green") if check.fine else Text("no", "bold red")
-        table.add_row(mark, check.what, check.finding)
+        table.add_row(mark, check.what, Text(check.finding))
     device = diagnosis.device
     where = f"Jetson: {device.jetson}" if device.jetson else f"Python {device.python}"
     return Group(Text(device.line(), "bold"), Text(where), table)

@@ -120,6 +120,20 @@ def test_missing_extras_say_what_to_install() -> None:
     assert "pip install 'dapo-edge[cpu]'" in python(code)
 
 
+def test_building_without_torch_says_what_to_install(tmp_path: Path) -> None:
+    blocked = "import sys; sys.modules['torch'] = None; "
+    code = blocked + "import dapo_edge\ntry: dapo_edge.build\nexcept dapo_edge.DapoEdgeError as error: print(error)"
+    assert "pip install 'dapo-edge[build]'" in python(code)
+    recipe = PACKAGE / "assets" / "surface-tiny.yaml"
+    command = (
+        f"{blocked}from dapo_edge.cli import main; main(['build', {str(recipe)!r}, '-o', {str(tmp_path / 'x')!r}])"
+    )
+    result = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=False, timeout=60)
+    assert result.returncode == 7
+    assert result.stderr.startswith("error: the Python package 'torch' can't be imported")
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_public_list_is_sorted_and_true() -> None:
     assert dapo_edge.__all__ == sorted(dapo_edge.__all__)
     assert set(dapo_edge.__all__) == set(dapo_edge._MODULE_OF)
