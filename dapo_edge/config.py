@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import difflib
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from dapo_edge.errors import RecipeError
+from dapo_edge.errors import RecipeError, did_you_mean
+from dapo_edge.kernels.map_spec import MapSize, ScoreRule
 
 Precision = Literal["fp32", "fp16"]
-ScoreRule = Literal["image", "max", "top"]
-MapSize = Literal["model", "frame"] | tuple[int, int]
 MAX_MAP_SIDE_PX = 16384
 MAX_DEFECT_TYPES = 254  # a type map stores a channel index in 8 bits
 
 
 class Section(BaseModel):
-    """Base of every part of a recipe."""
+    """Base of every part of a recipe: no unknown key, no value that only looks like the right type."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class Backbone(Section):
@@ -47,11 +46,21 @@ class DefectType(Section):
     name: str = Field(min_length=1)
     phrase: str = Field(min_length=1)
 
+    @field_validator("name", "phrase")
+    @classmethod
+    def _words(cls, text: str) -> str:
+        text = " ".join(text.split())
+        if not text:
+            raise ValueError("it holds no word")
+        if "<" in text:  # <end_of_text> and its like are read as tokens, and move the place where the text is read
+            raise ValueError("words can't contain '<'")
+        return text
+
 
 def _named_phrase(item: Any) -> Any:
     """Accept `scratch` and `{glue: dried glue strip}` beside the full form."""
     if isinstance(item, str):
-        return {"name": item.strip(), "phrase": item.strip()}
+        return {"name": item, "phrase": item}
     if isinstance(item, dict) and len(item) == 1 and not item.keys() & {"name", "phrase"}:
         (name, phrase), *_ = item.items()
         return {"name": name, "phrase": phrase}
@@ -113,6 +122,7 @@ class Gate(Section):
     frames: str = Field("synthetic", description="folder of frames, or 'synthetic'")
     count: int = Field(8, ge=1, le=10_000)
     max_map_difference: float = Field(0.02, gt=0, le=1, description="largest difference of any map pixel")
+    max_score_difference: float = Field(0.02, gt=0, le=1, description="largest difference of any image score")
     max_flips: float = Field(0.005, ge=0, le=1, description="share of frames whose verdict may differ")
 
 
@@ -150,9 +160,10 @@ def load_recipe(path: str | Path) -> Recipe:
     except UnicodeDecodeError as error:
         raise RecipeError(f"'{path}' is not a text file", "Give a recipe in YAML, UTF-8 encoded") from error
     try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"the recipe '{path}' is not valid YAML: {error}", "Mend the named line") from error
+        data = yaml.load(text, Loader=_UniqueKeys)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise RecipeError(f"the recipe '{path}' is not valid YAML: {reason}", "Mend the named line") from error
     if not isinstance(data, dict):
         raise RecipeError(
             f"the recipe '{path}' holds no keys", "Start from the demo recipe: dapo-edge build --print-demo-recipe"
@@ -168,7 +179,8 @@ def parse_recipe(data: dict[str, Any], origin: str = "recipe") -> Recipe:
 def parse_section(model: type[Section], data: dict[str, Any], origin: str) -> Any:
     """Check a mapping against any section; `origin` starts the error's text."""
     try:
-        return model.model_validate(data)
+        # As JSON, strict types still take a list for a tuple and a text for a path.
+        return model.model_validate_json(json.dumps(data, default=str))
     except ValidationError as error:
         mistakes = [_describe(model, dict(item)) for item in error.errors(include_url=False)]
         raise RecipeError(
@@ -180,7 +192,7 @@ def resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
     """Make the file names in a recipe absolute, relative to `folder`."""
 
     def absolute(value: Any) -> Any:
-        return None if value is None else str(folder / Path(value).expanduser())
+        return None if value is None else str(folder / os.path.expanduser(value))  # noqa: PTH111 (knows no errors)
 
     def frames(value: str | None) -> str | None:
         return value if value in (None, "synthetic") else absolute(value)
@@ -193,7 +205,7 @@ def resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
     prompts["tuned"] = absolute(prompts["tuned"])
     for section in ("thresholds", "gate"):
         data[section]["frames"] = frames(data[section]["frames"])
-    return Recipe.model_validate(data)
+    return parse_recipe(data)
 
 
 def recipe_schema() -> str:
@@ -201,13 +213,25 @@ def recipe_schema() -> str:
     return json.dumps(Recipe.model_json_schema(), indent=2)
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML takes the last of two equal keys without a word; a recipe shall not."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = {str(key) for key in keys if keys.count(key) > 1}
+        if twice:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {', '.join(sorted(twice))} is given twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
 def _describe(model: type[BaseModel], item: dict[str, Any]) -> str:
     where = ".".join(str(part) for part in item["loc"] if "[" not in str(part))  # pydantic names union members there
     if item["type"] == "extra_forbidden":
         valid = sorted(_fields_at(model, item["loc"][:-1]))
-        near = difflib.get_close_matches(str(item["loc"][-1]), valid, n=1, cutoff=0.4)
-        hint = f"did you mean '{near[0]}'?" if near else f"valid keys are {', '.join(valid)}"
-        return f"unknown key '{where}' ({hint})"
+        hint = did_you_mean(str(item["loc"][-1]), valid).strip() or f"Valid keys are {', '.join(valid)}"
+        return f"unknown key '{where}' ({hint[0].lower()}{hint[1:]})"
     if item["type"] == "missing":
         return f"the key '{where}' is missing"
     text = item["msg"].removeprefix("Value error, ")

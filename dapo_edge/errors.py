@@ -15,7 +15,15 @@ DapoEdgeError                exit 1    a run-time error
 
 from __future__ import annotations
 
+import difflib
 import errno
+from collections.abc import Iterable
+
+
+def did_you_mean(name: str, valid: Iterable[str], *, cutoff: float = 0.4) -> str:
+    """`Did you mean 'x'? ` for the nearest valid name, or nothing when none is near."""
+    near = difflib.get_close_matches(name, list(valid), n=1, cutoff=cutoff)
+    return f"Did you mean '{near[0]}'? " if near else ""
 
 
 class DapoEdgeError(Exception):
@@ -83,6 +91,14 @@ class SourceError(DapoEdgeError):
 
 class FrameError(SourceError):
     """One frame can't be used. The source goes on with the next frame."""
+
+    index: int | None = None  # of the frame within its source, where the source knows it
+    source: str | None = None  # the frame's own URI
+
+    def at(self, index: int, source: str) -> FrameError:
+        """This error, with the place of the frame."""
+        self.index, self.source = index, source
+        return self
 
 
 class DependencyMissing(DapoEdgeError):

@@ -91,3 +91,38 @@ def test_unreadable_recipes(tmp_path: Path, content: bytes, message: str) -> Non
 def test_schema_describes_every_key() -> None:
     schema = json.loads(recipe_schema())
     assert {"name", "method", "backbone", "prompts", "map", "gate"} <= schema["properties"].keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_size": "518"}, "'image_size' is '518': input should be a valid integer"),
+        ({"batch": 2.5}, "'batch' is 2.5"),
+        ({"seed": True}, "'seed' is True"),
+        ({"prompts": {"defects": [{"a": " "}]}}, "it holds no word"),
+        ({"prompts": {"defects": ["cut <end_of_text>"]}}, "can't contain '<'"),
+        ({"map": {"smoothing_px": float("inf")}}, "'map.smoothing_px'"),
+        ({"map": {"smoothing_px": float("nan")}}, "'map.smoothing_px'"),
+    ],
+)
+def test_values_that_only_look_right(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe({**VALID, **change})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: a\nname: b\n", "the key name is given twice"),
+        ("name: 2020-13-45\n", "not valid YAML"),
+        ("a: " + "[" * 5000 + "]" * 5000, "nested too deeply|not valid YAML"),
+        ("name: a\nbackbone: {model: x}\nprompts: {defects: [a], tuned: ~nosuchuser/x}\n", None),
+    ],
+)
+def test_odd_yaml(tmp_path: Path, text: str, message: str | None) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    if message is None:
+        assert load_recipe(tmp_path / "r.yaml").prompts.tuned is not None
+        return
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(tmp_path / "r.yaml")

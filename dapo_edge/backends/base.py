@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Self
 
-from dapo_edge.errors import RecipeError
+from dapo_edge.errors import RecipeError, did_you_mean
+from dapo_edge.kernels.map_spec import MapSize
 from dapo_edge.package import EnginePackage
 from dapo_edge.prompt_bank import PromptBank
 
-MapSize = Literal["model", "frame"] | tuple[int, int]
 View = NDArray[np.uint8]  # [H, W, 3] BGR
 
 
@@ -69,8 +68,8 @@ BACKENDS: dict[str, str] = {
 def backend_class(name: str) -> type[Backend]:
     """Look a backend up and import its file. Raises `RecipeError` naming the nearest."""
     if name not in BACKENDS:
-        near = difflib.get_close_matches(name, BACKENDS, n=1, cutoff=0.0)[0]
-        raise RecipeError(f"unknown backend '{name}'", f"Did you mean '{near}'? Valid: {', '.join(sorted(BACKENDS))}")
+        valid = f"Valid backends: {', '.join(sorted(BACKENDS))}"
+        raise RecipeError(f"unknown backend '{name}'", did_you_mean(name, BACKENDS) + valid)
     module, _, attribute = BACKENDS[name].partition(":")
     return getattr(importlib.import_module(module), attribute)
 

@@ -74,7 +74,13 @@ def build(
         )
         method = kind.from_recipe(recipe, clip)
         on_progress("encoding the words", 0, 1)
-        job = _Job(recipe, method, method.bank(recipe), _map_spec(recipe, method), on_progress)
+        job = _Job(
+            recipe,
+            method,
+            method.bank(recipe.prompts.defects, recipe.prompts.object),
+            _map_spec(recipe, method),
+            on_progress,
+        )
         writer.write(PROMPTS, job.bank.to_bytes())
         on_progress("exporting the encoder", 0, 1)
         with writing_to(writer.folder / ENCODER):

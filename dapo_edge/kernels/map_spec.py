@@ -7,7 +7,8 @@ from typing import Literal
 
 from dapo_edge.kernels import resample
 
-ScoreRule = Literal["image", "max", "top"]
+ScoreRule = Literal["image", "max", "top"]  # image embedding, highest pixel, mean of the highest 1 %
+MapSize = Literal["model", "frame"] | tuple[int, int]  # the encoder's, the frame's, or (width, height) in px
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,18 @@ normal channel.
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 from numpy.typing import NDArray
 
+from dapo_edge.kernels.map_spec import ScoreRule
 from dapo_edge.kernels.resample import TapTable
 
 FloatArray = NDArray[np.float32]
 TypeArray = NDArray[np.uint8]
 
-SCORE_RULES = ("image", "max", "top")
+SCORE_RULES = get_args(ScoreRule)
 
 _EPSILON = np.float32(1e-12)  # the smallest length a vector is divided by: a zero vector stays zero
 _TOP_FRACTION = 0.01

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import ValidationError
+from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 
 from dapo_edge.errors import RecipeError
@@ -44,49 +46,79 @@ class DapoTensors:
     visual_tokens: Tensor  # [layers, n, width]
     adapter_weight: Tensor  # [L, D, width]
     adapter_bias: Tensor  # [L, D]
+
+
+@checked_dataclass(frozen=True)
+class Tuning:
+    """What the parameters belong to. None: the file does not say, as the released ones."""
+
     readout: Literal["eot", "release"]
-    feature_layers: tuple[int, ...] | None  # None: the file does not say
+    temperature: float | None = None
+    feature_layers: tuple[int, ...] | None = None
+    image_size: int | None = None
+    backbone: str | None = None
+    fingerprint: str | None = None  # of the backbone's weights, see `Clip.fingerprint`
 
 
-def read(path: Path) -> DapoTensors:
+@dataclass(frozen=True, eq=False)
+class Tuned:
+    """The content of a tuned file."""
+
+    tensors: DapoTensors
+    tuning: Tuning
+
+
+def read(path: Path) -> Tuned:
     """Read tuned parameters of either format. Raises `RecipeError`."""
     if not path.is_file():
         raise RecipeError(f"the tuned file '{path}' does not exist", "Check 'prompts.tuned' in the recipe")
-    return _read_released(path) if path.suffix in (".pth", ".pt") else _read_safetensors(path)
+    tuned = _read_released(path) if path.suffix in (".pth", ".pt") else _read_safetensors(path)
+    normal, abnormal = tuned.tensors.normal_context.shape, tuned.tensors.abnormal_context.shape
+    if normal != abnormal:
+        raise RecipeError(
+            f"'{path}' has normal context {list(normal)} and abnormal context {list(abnormal)}",
+            "Both need the same shape; tune again",
+        )
+    for field in fields(DapoTensors):
+        if not torch.isfinite(getattr(tuned.tensors, field.name)).all():
+            raise RecipeError(
+                f"{field.name} in '{path}' holds values that are not numbers", "Take an earlier checkpoint"
+            )
+    return tuned
 
 
-def write(path: Path, tensors: DapoTensors, origin: Mapping[str, str]) -> None:
-    """Write tuned parameters as safetensors; `origin` goes into the metadata."""
+def write(path: Path, tensors: DapoTensors, tuning: Tuning) -> None:
+    """Write tuned parameters as safetensors."""
     from safetensors.torch import save_file
 
-    layers = json.dumps(tensors.feature_layers)
-    metadata = {**origin, "format": FORMAT, "readout": tensors.readout, "feature_layers": layers}
+    metadata = {"format": FORMAT, "tuning": json.dumps(asdict(tuning))}
     save_file({name: getattr(tensors, name).contiguous() for name in FREE_AXES}, path, metadata=metadata)
 
 
-def _read_safetensors(path: Path) -> DapoTensors:
+def _read_safetensors(path: Path) -> Tuned:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise RecipeError(f"the tuned file '{path}' can't be read ({error})", "Copy it again") from error
     if metadata.get("format") != FORMAT or set(found) != set(FREE_AXES):
         raise RecipeError(
             f"'{path}' holds no tuned DAPO parameters of this version (format {metadata.get('format', 'unknown')!r})",
             "Give a file that dapo-edge wrote, or a released .pth",
         )
-    layers = json.loads(metadata["feature_layers"])
-    return DapoTensors(
-        **{name: tensor.float() for name, tensor in found.items()},
-        readout=cast(Literal["eot", "release"], metadata["readout"]),
-        feature_layers=tuple(layers) if layers else None,
-    )
+    try:
+        tuning = Tuning(**json.loads(metadata["tuning"]))
+    except (KeyError, TypeError, ValueError, ValidationError) as error:
+        raise RecipeError(
+            f"'{path}' does not say rightly what it was tuned for ({type(error).__name__})", "Tune again"
+        ) from error
+    return Tuned(DapoTensors(**{name: tensor.float() for name, tensor in found.items()}), tuning)
 
 
-def _read_released(path: Path) -> DapoTensors:
+def _read_released(path: Path) -> Tuned:
     # The released files carry two numpy float64 scalars; nothing else that is not a tensor is let in.
     scalar: Any = getattr(np, "_core", None) or np.core
     scalar = scalar.multiarray.scalar
@@ -101,22 +133,22 @@ def _read_released(path: Path) -> DapoTensors:
             saved = torch.load(path, map_location="cpu", weights_only=True)
         parts = {part: _first_of(saved, keys) for part, keys in RELEASED_KEYS.items()}
         prompts, visual, adapter = parts["prompts"], parts["visual"], parts["adapter"]
-        return DapoTensors(
+        tensors = DapoTensors(
             normal_context=prompts["learnable_normal_tokens"].float(),
             abnormal_context=prompts["learnable_abnormal_tokens"].float(),
             text_tokens=_stacked(prompts, "learnable_layer_tokens.{}"),
             visual_tokens=visual["learnable_visual_tokens"].float(),
             adapter_weight=_stacked(adapter, "fc.{}.weight"),
             adapter_bias=_stacked(adapter, "fc.{}.bias"),
-            readout="release",
-            feature_layers=None,
         )
     except Exception as error:  # a pickle of unknown content fails in any way it likes
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        from dapo_edge.models.clip import first_sentence
+
         raise RecipeError(
-            f"'{path}' is not a released DAPO checkpoint ({reason:.160})",
+            f"'{path}' is not a released DAPO checkpoint ({first_sentence(error)})",
             "It needs the parts prompt_learner, visual_prompt and linear_adapter, and nothing but tensors inside",
         ) from error
+    return Tuned(tensors, Tuning(readout="release"))
 
 
 def _first_of(saved: Mapping[str, Any], keys: tuple[str, ...]) -> Mapping[str, Tensor]:

@@ -7,9 +7,10 @@ tokens that are blended into every block, and an attention without a weights ten
 from __future__ import annotations
 
 import contextlib
-import difflib
+import hashlib
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dapo_edge.errors import DependencyMissing, RecipeError
+from dapo_edge.errors import DependencyMissing, RecipeError, did_you_mean
 from dapo_edge.extras import require
 
 BUNDLED_CONFIGS = Path(__file__).parent / "configs"
@@ -41,6 +42,16 @@ class Clip:
     image_size: int  # side in px that the weights were made for
     mean: tuple[float, float, float]  # of RGB in [0, 1]
     std: tuple[float, float, float]
+
+    @property
+    def fingerprint(self) -> str:
+        """Names these weights: a hash of both projections, which every training changes."""
+        digest = hashlib.sha256()
+        for projection in (self.visual.proj, getattr(self.text, "text_projection", None)):
+            for tensor in projection.parameters() if isinstance(projection, nn.Module) else [projection]:
+                if tensor is not None:
+                    digest.update(tensor.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     @property
     def patch_size(self) -> int:
@@ -82,19 +93,22 @@ def load_clip(model: str, *, pretrained: str | None = None, checkpoint: Path | N
             f"{name} has no pretrained weights '{pretrained}'",
             f"Use one of its tags ({tags}), a 'checkpoint', or pretrained: null for seeded weights",
         )
+    if pretrained:
+        _check_activation(open_clip, name, pretrained)
     if checkpoint is not None and not checkpoint.is_file():
         raise RecipeError(f"the checkpoint '{checkpoint}' does not exist", "Check 'backbone.checkpoint' in the recipe")
     with _seeded(seed), _quiet():  # the weights' origin is in the result; open_clip would warn about it on stderr
         clip_model = _create(open_clip, name, pretrained, checkpoint)
     clip_model.eval().requires_grad_(False)
     text = clip_model.text if hasattr(clip_model, "text") else clip_model
+    tokenizer = _tokenizer(open_clip, name)
     _check_architecture(name, clip_model.visual, text)
     return Clip(
         name=name,
         weights=pretrained or (checkpoint.name if checkpoint else f"seeded ({seed})"),
         visual=clip_model.visual,
         text=text,
-        tokenizer=open_clip.get_tokenizer(name),
+        tokenizer=tokenizer,
         image_size=int(clip_model.visual.image_size[0]),
         mean=_triple(getattr(clip_model.visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN),
         std=_triple(getattr(clip_model.visual, "image_std", None) or open_clip.OPENAI_DATASET_STD),
@@ -245,10 +259,9 @@ def _register(open_clip: Any, model: str) -> str:
     known = open_clip.list_models()
     if model not in known:
         bundled = [config.stem for config in BUNDLED_CONFIGS.glob("*.json")]
-        near = difflib.get_close_matches(model, [*bundled, *known], n=1, cutoff=0.4)
         raise RecipeError(
             f"unknown backbone model '{model}'",
-            (f"Did you mean '{near[0]}'? " if near else "")
+            did_you_mean(model, [*bundled, *known])
             + "Valid are open_clip's model names, "
             + f"{', '.join(bundled)}, and the path of a model config (.json)",
         )
@@ -259,19 +272,43 @@ def _create(open_clip: Any, name: str, pretrained: str | None, checkpoint: Path 
     try:
         return open_clip.create_model(name, pretrained=str(checkpoint) if checkpoint else pretrained)
     except Exception as error:  # open_clip, huggingface_hub, urllib and torch each raise their own kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_sentence(error)
         if checkpoint:
             raise RecipeError(
-                f"the checkpoint '{checkpoint}' does not fit {name} ({reason:.200})",
+                f"the checkpoint '{checkpoint}' does not fit {name} ({reason})",
                 "Use weights of exactly this architecture",
             ) from error
         if pretrained:
             raise DependencyMissing(
-                f"the weights '{pretrained}' of {name} can't be downloaded ({reason:.200})",
+                f"the weights '{pretrained}' of {name} can't be downloaded ({reason})",
                 "Connect to the network once, copy the weights here and name them as 'backbone.checkpoint', "
                 "or use pretrained: null for seeded weights",
             ) from error
-        raise RecipeError(f"{name} can't be created ({reason:.200})", "Check the model config") from error
+        raise RecipeError(f"{name} can't be created ({reason})", "Check the model config") from error
+
+
+def _check_activation(open_clip: Any, name: str, pretrained: str) -> None:
+    """Refuse weights that were trained with another activation: they load without a word and compute nonsense."""
+    trained = bool((open_clip.get_pretrained_cfg(name, pretrained) or {}).get("quick_gelu", False))
+    built = bool((open_clip.get_model_config(name) or {}).get("quick_gelu", False))
+    if trained != built:
+        words = {True: "QuickGELU", False: "GELU"}
+        other = f"{name}-quickgelu" if trained else name.removesuffix("-quickgelu")
+        remedy = f"Use the model {other}" if other in open_clip.list_models() else "Choose the model they belong to"
+        raise RecipeError(
+            f"the weights '{pretrained}' were trained with {words[trained]}, the model {name} has {words[built]}",
+            remedy,
+        )
+
+
+def _tokenizer(open_clip: Any, name: str) -> Any:
+    config = (open_clip.get_model_config(name) or {}).get("text_cfg", {})
+    if config.get("hf_tokenizer_name") or config.get("hf_model_name"):
+        raise RecipeError(f"the model {name} can't be used: it needs a tokenizer from a model hub", _SUITABLE)
+    return open_clip.get_tokenizer(name)
+
+
+_SUITABLE = "Choose a CLIP ViT with a class token, e.g. ViT-B-16 or ViT-L-14-336-quickgelu"
 
 
 def _check_architecture(name: str, visual: Any, text: Any) -> None:
@@ -285,6 +322,9 @@ def _check_architecture(name: str, visual: Any, text: Any) -> None:
             hasattr(text, part) for part in ("token_embedding", "positional_embedding", "transformer", "ln_final")
         )
         or getattr(text, "cls_emb", None) is not None,
+        "its text tower does not read causally": getattr(text, "attn_mask", None) is None,
+        "its text vector is not read at the end-of-text token": _text_pooling(text) != "argmax",
+        "its image size is not square": len(set(getattr(visual, "grid_size", (0,)))) > 1,
     }
     for block in [*(blocks or []), *getattr(getattr(text, "transformer", None), "resblocks", [])]:
         reasons["its blocks use a special attention"] = not isinstance(block.attn, nn.MultiheadAttention)
@@ -294,8 +334,13 @@ def _check_architecture(name: str, visual: Any, text: Any) -> None:
     if found:
         raise RecipeError(
             f"the model {name} can't be used: {' and '.join(found)}",
-            "Choose a CLIP ViT with a class token, e.g. ViT-B-16 or ViT-L-14-336-quickgelu",
+            _SUITABLE,
         )
+
+
+def _text_pooling(text: Any) -> str:
+    """How the text vector is picked; a CLIP with a built-in text tower calls it `text_pool_type`."""
+    return str(getattr(text, "pool_type", None) or getattr(text, "text_pool_type", None) or "argmax")
 
 
 @contextlib.contextmanager
@@ -313,6 +358,12 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
+
+
+def first_sentence(error: Exception) -> str:
+    """What an error of another library says first, without its colours and its own advice."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    return re.split(r"(?<=[a-z)])\. |\n", text)[0][:160] or type(error).__name__
 
 
 def _triple(values: Sequence[float]) -> tuple[float, float, float]:

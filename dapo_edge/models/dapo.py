@@ -7,8 +7,7 @@ encoded once. `readout: release` keeps the released code's text read-out, for ch
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -16,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dapo_edge.config import Recipe, Section, parse_section
+from dapo_edge.config import DefectType, Recipe, Section, parse_section
 from dapo_edge.errors import RecipeError
 from dapo_edge.models import checkpoints
 from dapo_edge.models.clip import Clip, ImageEncoder
@@ -32,7 +31,7 @@ class DapoOptions(Section):
     text_depth: int = Field(12, ge=0, description="text blocks with deep tokens; capped at the tower's blocks")
     text_tokens: int = Field(4, ge=0, le=64, description="deep tokens per text block")
     visual_tokens: int = Field(4, ge=0, le=64, description="deep tokens per image block")
-    temperature: float = Field(0.07, gt=0)
+    temperature: float = Field(0.07, ge=1e-3, le=10)
 
 
 class Dapo(nn.Module):
@@ -46,7 +45,7 @@ class Dapo(nn.Module):
     def __init__(
         self,
         clip: Clip,
-        tuned: checkpoints.DapoTensors | None = None,
+        tuned: checkpoints.Tuned | None = None,
         *,
         options: DapoOptions | None = None,
         image_size: int | None = None,
@@ -56,25 +55,26 @@ class Dapo(nn.Module):
         """Untuned parameters are drawn with `seed`; `tuned` replaces all of them. Raises `RecipeError` on a misfit."""
         super().__init__()
         options = options or DapoOptions()
+        tuning = tuned.tuning if tuned else checkpoints.Tuning(readout="eot")
         self.clip = clip
+        self.text = clip.text  # registered here, so that it follows the method to another device
         self.tuned = tuned is not None
-        self.readout: Readout = tuned.readout if tuned else "eot"
-        self.temperature = options.temperature
-        self.image_size = image_size or clip.image_size
-        self.feature_layers = _checked_layers(feature_layers or (tuned.feature_layers if tuned else None), clip)
-        drawn = _draw(clip, options, len(self.feature_layers), seed)
-        tensors = drawn if tuned is None else _fitting(tuned, drawn, clip, self.feature_layers)
+        self.readout: Readout = tuning.readout
+        self.temperature = tuning.temperature or options.temperature
+        self.image_size = image_size or tuning.image_size or clip.image_size
+        self.feature_layers = _checked_layers(feature_layers or tuning.feature_layers, clip)
+        tensors = _draw(clip, options, len(self.feature_layers), seed)
+        if tuned:
+            _check_fit(tuned, tensors, clip, self.feature_layers)
+            _check_options(tuned, options)
+            tensors = tuned.tensors
         self.prompts = HybridPrompts(tensors.normal_context, tensors.abnormal_context, tensors.text_tokens)
         self.adapters = nn.ModuleList(
             _linear(weight, bias) for weight, bias in zip(tensors.adapter_weight, tensors.adapter_bias, strict=True)
         )
         self.visual_tokens = nn.Parameter(tensors.visual_tokens)
-        self.encoder = ImageEncoder(
-            clip.visual,
-            self.image_size,
-            self.feature_layers,
-            self.visual_tokens if self.visual_tokens.numel() else None,
-        )
+        inserted = self.visual_tokens if self.visual_tokens.numel() else None
+        self.encoder = ImageEncoder(clip.visual, self.image_size, self.feature_layers, inserted)
         self.grid = self.encoder.grid
         self.eval()
 
@@ -83,9 +83,9 @@ class Dapo(nn.Module):
         """Make the method that a recipe asks for. Raises `RecipeError`."""
         tuned = None if recipe.prompts.tuned is None else checkpoints.read(recipe.prompts.tuned)
         wanted = recipe.prompts.readout
-        if tuned and wanted not in (None, tuned.readout):
+        if tuned and wanted not in (None, tuned.tuning.readout):
             raise RecipeError(
-                f"'{recipe.prompts.tuned}' was tuned with readout '{tuned.readout}', the recipe says '{wanted}'",
+                f"'{recipe.prompts.tuned}' was tuned with readout '{tuned.tuning.readout}', the recipe says '{wanted}'",
                 "Remove 'prompts.readout' from the recipe: the two give different text vectors",
             )
         method = cls(
@@ -111,20 +111,21 @@ class Dapo(nn.Module):
         yield from self.adapters.parameters()
 
     @torch.no_grad()
-    def bank(self, recipe: Recipe) -> PromptBank:
-        """Encode the recipe's words into unit rows."""
-        phrases = [defect.phrase for defect in recipe.prompts.defects]
-        rows = self.prompts(self.clip, phrases, recipe.prompts.object, self.readout)
+    def bank(self, defects: Sequence[DefectType], noun: str) -> PromptBank:
+        """Encode words into unit rows: one per defect type, after the normal one."""
+        phrases = [defect.phrase for defect in defects]
+        rows = self.prompts(self.clip, phrases, noun, self.readout)
         return PromptBank(
-            names=(NORMAL, *(defect.name for defect in recipe.prompts.defects)),
-            rows=rows.float().numpy(),
+            names=(NORMAL, *(defect.name for defect in defects)),
+            rows=rows.float().cpu().numpy(),
             phrases=("flawless", *phrases),
             origin={
                 "method": "dapo",
                 "backbone": self.clip.name,
-                "object": recipe.prompts.object,
+                "weights": self.clip.weights,
+                "object": noun,
                 "readout": self.readout,
-                "tuned": str(recipe.prompts.tuned.name) if recipe.prompts.tuned else "no",
+                "tuned": "yes" if self.tuned else "no",
             },
         )
 
@@ -138,13 +139,19 @@ class Dapo(nn.Module):
             visual_tokens=self.visual_tokens.detach(),
             adapter_weight=torch.stack([adapter.weight.detach() for adapter in linears]),
             adapter_bias=torch.stack([adapter.bias.detach() for adapter in linears]),
-            readout=self.readout,
-            feature_layers=self.feature_layers,
         )
 
     def save(self, path: Path) -> None:
         """Write the tuned parameters as safetensors."""
-        checkpoints.write(path, self.tensors(), {"backbone": self.clip.name, "image_size": json.dumps(self.image_size)})
+        tuning = checkpoints.Tuning(
+            readout=self.readout,
+            temperature=self.temperature,
+            feature_layers=self.feature_layers,
+            image_size=self.image_size,
+            backbone=self.clip.name,
+            fingerprint=self.clip.fingerprint,
+        )
+        checkpoints.write(path, self.tensors(), tuning)
 
 
 def _draw(clip: Clip, options: DapoOptions, taps: int, seed: int) -> checkpoints.DapoTensors:
@@ -168,34 +175,54 @@ def _draw(clip: Clip, options: DapoOptions, taps: int, seed: int) -> checkpoints
         visual_tokens=visual,
         adapter_weight=clip.visual.proj.detach().T.float().repeat(taps, 1, 1),
         adapter_bias=torch.zeros(taps, clip.dimensions),
-        readout="eot",
-        feature_layers=None,
     )
 
 
-def _fitting(
-    tuned: checkpoints.DapoTensors, drawn: checkpoints.DapoTensors, clip: Clip, layers: tuple[int, ...]
-) -> checkpoints.DapoTensors:
-    """Check tuned tensors against the backbone; their own token counts are kept."""
-    if tuned.feature_layers not in (None, layers):
+def _check_fit(tuned: checkpoints.Tuned, drawn: checkpoints.DapoTensors, clip: Clip, layers: tuple[int, ...]) -> None:
+    """Check tuned parameters against the backbone; their own token counts are free."""
+    tuning = tuned.tuning
+    if tuning.backbone not in (None, clip.name) or tuning.fingerprint not in (None, clip.fingerprint):
         raise RecipeError(
-            f"the tuned file belongs to feature layers {list(tuned.feature_layers or ())}, not {list(layers)}",
+            f"the tuned file belongs to {tuning.backbone} with other weights than {clip.name}, {clip.weights}",
+            "Use the backbone and the weights that it was tuned with",
+        )
+    if tuning.feature_layers not in (None, layers):
+        raise RecipeError(
+            f"the tuned file belongs to feature layers {list(tuning.feature_layers or ())}, not {list(layers)}",
             "Remove 'feature_layers' from the recipe, or use the same",
         )
     problems = []
     for name, free in checkpoints.FREE_AXES.items():
-        found, wanted = tuple(getattr(tuned, name).shape), tuple(getattr(drawn, name).shape)
+        found, wanted = tuple(getattr(tuned.tensors, name).shape), tuple(getattr(drawn, name).shape)
         if len(found) != len(wanted) or any(
             a != b for axis, (a, b) in enumerate(zip(found, wanted, strict=True)) if axis not in free
         ):
             problems.append(f"{name} is {list(found)} where {list(wanted)} is expected")
-    if tuned.text_tokens.shape[0] > len(clip.text.transformer.resblocks):
+    if tuned.tensors.text_tokens.shape[0] > len(clip.text.transformer.resblocks):
         problems.append("it has deep tokens for more text blocks than there are")
     if problems:
         raise RecipeError(
             f"the tuned file does not fit {clip.name}: {'; '.join(problems)}", "Use the backbone that it was tuned with"
         )
-    return tuned
+
+
+def _check_options(tuned: checkpoints.Tuned, options: DapoOptions) -> None:
+    """Options that a recipe states must be those of the tuned file, which decides."""
+    tensors = tuned.tensors
+    decided = {
+        "groups": tensors.normal_context.shape[0],
+        "context_tokens": tensors.normal_context.shape[1],
+        "text_depth": tensors.text_tokens.shape[0],
+        "text_tokens": tensors.text_tokens.shape[1],
+        "visual_tokens": tensors.visual_tokens.shape[1],
+        "temperature": tuned.tuning.temperature,
+    }
+    for name in sorted(options.model_fields_set):
+        if decided[name] not in (None, getattr(options, name)):
+            raise RecipeError(
+                f"the recipe's option {name} is {getattr(options, name)}, the tuned file has {decided[name]}",
+                f"Remove '{name}' from the recipe's options",
+            )
 
 
 def _checked_layers(layers: tuple[int, ...] | None, clip: Clip) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from typing_extensions import Self
 
 from dapo_edge.backends.base import MapBatch, MapSize, View, check_bank, map_pixels
 from dapo_edge.backends.host import resize_view
-from dapo_edge.config import Recipe
+from dapo_edge.config import parse_recipe
 from dapo_edge.errors import RecipeError
 from dapo_edge.kernels.map_spec import MapSpec
 from dapo_edge.models.clip import load_clip
@@ -47,7 +47,7 @@ class EagerBackend:
         """Make the method again from the recipe that the package carries."""
         if precision not in (None, "fp32"):
             raise RecipeError(f"the eager reference computes in fp32, not '{precision}'", "Leave the precision out")
-        recipe = Recipe.model_validate(package.manifest.recipe)
+        recipe = parse_recipe(package.manifest.recipe)
         backbone = recipe.backbone
         clip = load_clip(
             backbone.model, pretrained=backbone.pretrained, checkpoint=backbone.checkpoint, seed=recipe.seed

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
-from dapo_edge.config import Recipe
-from dapo_edge.errors import RecipeError
+from dapo_edge.config import DefectType, Recipe
+from dapo_edge.errors import RecipeError, did_you_mean
 from dapo_edge.models.clip import Clip
 from dapo_edge.models.dapo import Dapo
 from dapo_edge.prompt_bank import PromptBank
@@ -40,8 +39,8 @@ class Method(Protocol):
         """Every weight that the exported encoder holds."""
         ...
 
-    def bank(self, recipe: Recipe) -> PromptBank:
-        """Encode the recipe's words."""
+    def bank(self, defects: Sequence[DefectType], noun: str) -> PromptBank:
+        """Encode words: one row per defect type, after the normal one."""
         ...
 
     def save(self, path: Path) -> None:
@@ -57,8 +56,6 @@ METHODS: dict[str, type[Method]] = {
 def method_class(name: str) -> type[Method]:
     """Look a method up. Raises `RecipeError` naming the nearest."""
     if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.0)
-        raise RecipeError(
-            f"unknown method '{name}'", f"Did you mean '{near[0]}'? Valid methods: {', '.join(sorted(METHODS))}"
-        )
+        valid = f"Valid methods: {', '.join(sorted(METHODS))}"
+        raise RecipeError(f"unknown method '{name}'", did_you_mean(name, METHODS) + valid)
     return METHODS[name]

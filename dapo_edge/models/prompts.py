@@ -80,7 +80,7 @@ class HybridPrompts(nn.Module):
                     f"the prompt for '{phrase:.60}' has {length} tokens, the text tower of {clip.name} reads {room}",
                     "Use fewer words for this defect type or for 'prompts.object'",
                 )
-        return clip.tokenizer(prompts)[:, :room]
+        return clip.tokenizer(prompts)[:, :room].to(self.normal_context.device)
 
     def _encode(self, clip: Clip, words: Tensor, ends: Tensor, readout: Readout) -> Tensor:
         """Token embeddings [P, T, W] and end-of-text positions [P] to text vectors [P, D], not normalised.
@@ -106,7 +106,7 @@ class HybridPrompts(nn.Module):
                 x = torch.cat([x[:, :1], x[:, 1 + inside :]], dim=1)
                 inside = 0
         place = ends + inside if readout == "eot" else ends
-        x = text.ln_final(x)[torch.arange(len(x)), place]
+        x = text.ln_final(x)[torch.arange(len(x), device=x.device), place]
         projection = text.text_projection
         if projection is None:
             return x
@@ -118,4 +118,4 @@ def _end_positions(clip: Clip, ids: Tensor) -> Tensor:
 
 
 def _causal_mask(x: Tensor) -> Tensor:
-    return torch.full((x.shape[1], x.shape[1]), float("-inf"), dtype=x.dtype).triu_(1)
+    return torch.full((x.shape[1], x.shape[1]), float("-inf"), dtype=x.dtype, device=x.device).triu_(1)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from conftest import TINY
 
 from dapo_edge.errors import DependencyMissing, RecipeError
 from dapo_edge.models.clip import Clip, ImageEncoder, load_clip, resize_position
@@ -79,6 +81,44 @@ def test_unsuitable_models_are_refused(model: str, message: str) -> None:
         load_clip(model)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text_cfg": {"no_causal_mask": True}}, "does not read causally"),
+        ({"text_cfg": {"pool_type": "last"}}, "not read at the end-of-text token"),
+        ({"text_cfg": {"pool_type": "eos"}}, "not read at the end-of-text token"),
+        ({"text_cfg": {"hf_tokenizer_name": "someone/tokenizer"}}, "needs a tokenizer from a model hub"),
+        ({"vision_cfg": {"image_size": [64, 96]}}, "not square"),
+        ({"vision_cfg": {"pool_type": "avg"}}, "not the class token"),
+    ],
+)
+def test_towers_that_would_be_computed_wrongly(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    config = {**TINY, **{part: {**TINY[part], **keys} for part, keys in change.items()}}
+    path = tmp_path / f"refused-{abs(hash(str(change)))}.json"
+    path.write_text(json.dumps(config))
+    with pytest.raises(RecipeError, match=message):
+        load_clip(str(path))
+
+
+@pytest.mark.parametrize(
+    ("model", "pretrained", "remedy"),
+    [("ViT-B-32", "openai", "ViT-B-32-quickgelu"), ("ViT-L-14-336-quickgelu", "openai", None)],
+)
+def test_weights_of_another_activation(
+    model: str, pretrained: str, remedy: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They load without a word and compute nonsense (methods 2.0, trap 1)."""
+    import open_clip
+
+    def no_network(*args: object, **kwargs: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(open_clip, "create_model", no_network)
+    expected = "no network" if remedy is None else f"trained with QuickGELU, the model {model} has GELU.*{remedy}"
+    with pytest.raises((RecipeError, DependencyMissing), match=expected):
+        load_clip(model, pretrained=pretrained)
+
+
 def test_unknown_weights_name_the_tags() -> None:
     with pytest.raises(RecipeError, match=r"no pretrained weights 'opnai'.*openai"):
         load_clip("ViT-B-16", pretrained="opnai")
@@ -92,7 +132,7 @@ def test_weights_that_cannot_be_downloaded(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(open_clip, "create_model", no_network)
     with pytest.raises(DependencyMissing, match=r"can't be downloaded \(Name or service not known\).*checkpoint"):
-        load_clip("ViT-B-16", pretrained="openai")
+        load_clip("ViT-B-16-quickgelu", pretrained="openai")
 
 
 def test_checkpoints_that_do_not_fit(tiny_config: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from dapo_edge.models import checkpoints
 from dapo_edge.models.clip import Clip, load_clip
 from dapo_edge.models.dapo import Dapo, DapoOptions
 from dapo_edge.models.method import METHODS, method_class
+from dapo_edge.prompt_bank import PromptBank
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,11 @@ def released_checkpoint(dapo: Dapo, keys: int) -> dict[str, Any]:
     }
 
 
+def bank_of(dapo: Dapo, fields: dict[str, Any]) -> PromptBank:
+    prompts = parse_recipe(fields).prompts
+    return dapo.bank(prompts.defects, prompts.object)
+
+
 def assert_same(a: checkpoints.DapoTensors, b: checkpoints.DapoTensors) -> None:
     for name in checkpoints.FREE_AXES:
         assert torch.equal(getattr(a, name), getattr(b, name)), name
@@ -55,8 +61,8 @@ def assert_same(a: checkpoints.DapoTensors, b: checkpoints.DapoTensors) -> None:
 
 def test_bank_binds_rows_to_names(dapo: Dapo, tiny_fields: dict[str, Any]) -> None:
     words = ["scratch", {"glue": "dried glue strip"}, "wrong place"]
-    bank = dapo.bank(parse_recipe({**tiny_fields, "prompts": {"defects": words}}))
-    turned = dapo.bank(parse_recipe({**tiny_fields, "prompts": {"defects": words[::-1]}}))
+    bank = bank_of(dapo, {**tiny_fields, "prompts": {"defects": words}})
+    turned = bank_of(dapo, {**tiny_fields, "prompts": {"defects": words[::-1]}})
     assert bank.names == ("normal", "scratch", "glue", "wrong place")
     assert bank.phrases == ("flawless", "scratch", "dried glue strip", "wrong place")
     np.testing.assert_allclose(bank.rows[1:], turned.rows[:0:-1], atol=1e-6)
@@ -65,14 +71,15 @@ def test_bank_binds_rows_to_names(dapo: Dapo, tiny_fields: dict[str, Any]) -> No
 
 def test_a_word_longer_than_the_context_is_refused(dapo: Dapo, tiny_fields: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match=r"has \d+ tokens, the text tower of tiny-test-clip reads 77"):
-        dapo.bank(parse_recipe({**tiny_fields, "prompts": {"defects": ["very long defect " * 30]}}))
+        bank_of(dapo, {**tiny_fields, "prompts": {"defects": ["very long defect " * 30]}})
 
 
 def test_own_file_round_trip(dapo: Dapo, clip: Clip, tmp_path: Path) -> None:
     dapo.save(tmp_path / "tuned.safetensors")
     tuned = checkpoints.read(tmp_path / "tuned.safetensors")
-    assert_same(tuned, dapo.tensors())
-    assert (tuned.readout, tuned.feature_layers) == ("eot", (2, 5))
+    assert_same(tuned.tensors, dapo.tensors())
+    assert (tuned.tuning.readout, tuned.tuning.feature_layers) == ("eot", (2, 5))
+    assert (tuned.tuning.temperature, tuned.tuning.image_size) == (0.07, 64)
     loaded = Dapo(clip, tuned, seed=99)
     image = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
@@ -84,8 +91,8 @@ def test_own_file_round_trip(dapo: Dapo, clip: Clip, tmp_path: Path) -> None:
 def test_released_file_of_both_spellings(dapo: Dapo, tmp_path: Path, spelling: int) -> None:
     torch.save(released_checkpoint(dapo, spelling), tmp_path / "epoch_1.pth")
     tuned = checkpoints.read(tmp_path / "epoch_1.pth")
-    assert_same(tuned, dapo.tensors())
-    assert (tuned.readout, tuned.feature_layers) == ("release", None)
+    assert_same(tuned.tensors, dapo.tensors())
+    assert (tuned.tuning.readout, tuned.tuning.feature_layers) == ("release", None)
 
 
 def test_a_pickle_with_code_inside_is_refused(tmp_path: Path) -> None:
@@ -121,12 +128,52 @@ def test_tuned_file_must_fit_backbone_layers_and_readout(
     with pytest.raises(RecipeError, match=r"belongs to feature layers \[2, 5\], not \[1, 5\]"):
         Dapo(clip, tuned, feature_layers=(1, 5))
     small = load_clip("surface-tiny")
-    with pytest.raises(RecipeError, match=r"does not fit surface-tiny: .*visual_tokens is \[5, 4, 64\]"):
+    with pytest.raises(RecipeError, match="belongs to tiny-test-clip with other weights than surface-tiny"):
         Dapo(small, tuned)
+    with pytest.raises(RecipeError, match=r"other weights than tiny-test-clip, seeded \(8\)"):
+        Dapo(load_clip(clip.name, seed=8), tuned)
+    unnamed = checkpoints.Tuned(tuned.tensors, checkpoints.Tuning(readout="eot"))
+    with pytest.raises(RecipeError, match=r"does not fit surface-tiny: .*visual_tokens is \[5, 4, 64\]"):
+        Dapo(small, unnamed)
     fields = {**tiny_fields, "feature_layers": None, "options": {}}
     fields["prompts"] = {"defects": ["a"], "tuned": str(tmp_path / "tuned.safetensors"), "readout": "release"}
     with pytest.raises(RecipeError, match="was tuned with readout 'eot', the recipe says 'release'"):
         Dapo.from_recipe(parse_recipe(fields), clip)
+
+
+def test_options_beside_a_tuned_file_must_be_its_own(dapo: Dapo, clip: Clip, tmp_path: Path) -> None:
+    dapo.save(tmp_path / "tuned.safetensors")
+    tuned = checkpoints.read(tmp_path / "tuned.safetensors")
+    assert Dapo(clip, tuned, options=DapoOptions(groups=2)).temperature == 0.07
+    with pytest.raises(RecipeError, match="the recipe's option groups is 9, the tuned file has 2"):
+        Dapo(clip, tuned, options=DapoOptions(groups=9))
+
+
+@pytest.mark.parametrize(
+    ("tuning", "message"),
+    [
+        ("{", "does not say rightly"),
+        ('{"readout": "last"}', "does not say rightly"),
+        ('{"readout": "eot", "feature_layers": "2, 5"}', "does not say rightly"),
+        ("{}", "does not say rightly"),
+    ],
+)
+def test_tuned_files_of_odd_content(dapo: Dapo, tmp_path: Path, tuning: str, message: str) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {name: getattr(dapo.tensors(), name).contiguous() for name in checkpoints.FREE_AXES}
+    metadata = {"format": checkpoints.FORMAT, "tuning": tuning}
+    save_file(tensors, tmp_path / "x.safetensors", metadata=metadata)
+    with pytest.raises(RecipeError, match=message):
+        checkpoints.read(tmp_path / "x.safetensors")
+    fine = {**metadata, "tuning": '{"readout": "eot"}'}
+    broken = {**tensors, "adapter_bias": torch.full((2, 48), float("nan"))}
+    save_file(broken, tmp_path / "x.safetensors", metadata=fine)
+    with pytest.raises(RecipeError, match=r"adapter_bias in .* holds values that are not numbers"):
+        checkpoints.read(tmp_path / "x.safetensors")
+    save_file({**tensors, "normal_context": torch.zeros(3, 5, 32)}, tmp_path / "x.safetensors", metadata=fine)
+    with pytest.raises(RecipeError, match="normal context"):
+        checkpoints.read(tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize("layers", [(0, 2), (2, 9), (3, 3), (4, 2)])

@@ -157,7 +157,7 @@ def test_map_equals_the_transcription(clip: Clip, tiny_fields: dict[str, Any], r
     options = DapoOptions(groups=3, context_tokens=5, text_depth=text_depth)
     dapo = trained_looking(Dapo(clip, options=options, image_size=SIZE, feature_layers=(1, 3, 5), seed=4))
     dapo.readout = readout  # type: ignore[assignment]
-    bank = dapo.bank(parse_recipe({**tiny_fields, "prompts": {"defects": PHRASES, "readout": readout}}))
+    bank = dapo.bank(parse_recipe({**tiny_fields, "prompts": {"defects": PHRASES}}).prompts.defects, "object")
     spec = MapSpec(SIZE, dapo.grid, 0.07, dapo.align_corners, smoothing_px=0, score="image")
     rng = np.random.default_rng(0)
     view = rng.integers(0, 256, (SIZE, SIZE, 3), np.uint8)

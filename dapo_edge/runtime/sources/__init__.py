@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from pathlib import Path
 
-from dapo_edge.errors import SourceError
+from dapo_edge.errors import SourceError, did_you_mean
 from dapo_edge.runtime.sources.base import Properties, Source
 from dapo_edge.runtime.sources.stills import IMAGE_EXTENSIONS
 from dapo_edge.runtime.sources.uri import check_path, path_of, redact, split, uri_of
@@ -32,10 +31,10 @@ def open_source(uri: str | Path) -> Source:
         text = _uri_of_file(text, path_of(address.body))
     scheme = text.partition("://")[0].lower()
     if scheme not in SOURCES:
-        near = difflib.get_close_matches(scheme, SOURCES, 1)
-        hint = f"Did you mean {near[0]}://? " if near else ""
         known = ", ".join(f"{name}://" for name in SOURCES)
-        raise SourceError(f"'{redact(text)}' is of an unknown kind", f"{hint}Known: {known}, or a plain path")
+        raise SourceError(
+            f"'{redact(text)}' is of an unknown kind", f"{did_you_mean(scheme, SOURCES)}Known: {known}, or a plain path"
+        )
     module, _, name = SOURCES[scheme].partition(":")
     source: Source = getattr(importlib.import_module(module), name)(text)
     return source
