@@ -23,7 +23,7 @@ CORE = [
 EXTRAS = {
     # An ARM board such as a Jetson brings its own OpenCV (with GStreamer): a second one would shadow it.
     "cpu": ["openvino>=2024.4", "opencv-python-headless>=4.8; platform_machine != 'aarch64'"],
-    "build": ["torch>=2.4", "torchvision", "open_clip_torch>=3.3", "onnx>=1.16"],
+    "build": ["torch>=2.6", "torchvision", "open_clip_torch>=3.3", "onnx>=1.16"],
     "gpu": ["pycuda>=2024.1"],  # TensorRT is detected, never installed from here: it belongs to the device
     "dev": ["pytest>=8", "hypothesis>=6.100", "scipy>=1.11", "ruff>=0.6", "mypy>=1.11", "types-PyYAML"],
 }

@@ -14,7 +14,7 @@ from dapo_edge import __version__
 from dapo_edge.device import as_json, this_device
 from dapo_edge.errors import FrameError, SourceError
 from dapo_edge.runtime.inspector import Inspector
-from dapo_edge.runtime.sources import open_source
+from dapo_edge.runtime.sources import open_source, redact
 from dapo_edge.structures import Frame
 
 SCHEMA = "dapo-edge bench 1"
@@ -60,7 +60,7 @@ def bench(
         },
         "backend": inspector.backend.name,
         "precision": inspector.backend.precision,
-        "source": {"uri": source, "width": width, "height": height, "distinct_frames": len(pictures)},
+        "source": {"uri": redact(source), "width": width, "height": height, "distinct_frames": len(pictures)},
         "warmup": warmup,
         "stages": stages,
         "fps": 1e3 / stages["total"]["mean"],
@@ -95,5 +95,7 @@ def _pictures(uri: str) -> list[Frame]:
                 break
             pictures.append(frame)
     if not pictures:
-        raise SourceError(f"'{uri}' has no frame that can be used", "Name a source with at least one good frame")
+        raise SourceError(
+            f"'{redact(uri)}' has no frame that can be used", "Name a source with at least one good frame"
+        )
     return pictures

@@ -8,18 +8,19 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from dapo_edge import __version__
-from dapo_edge.errors import DapoEdgeError, RecipeError
+from dapo_edge.errors import DapoEdgeError, OutputError, RecipeError
 from dapo_edge.extras import named_extras
 
 if TYPE_CHECKING:
     from dapo_edge.runtime.pipeline import Outcome, Statistics
+    from dapo_edge.runtime.sources import Source
 
 EXIT_INTERRUPTED = 130
 EXIT_FRAMES_FAILED = 5
@@ -47,8 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _say("interrupted")
         code = EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader of stdout went away, e.g. `| head`: not an error, but Python would report it again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_stdout()  # the reader went away, e.g. `| head`: that is its good right
         code = 0
     except MemoryError:
         _say("error: out of memory. Use a smaller model, a smaller map or smaller frames.")
@@ -116,17 +116,17 @@ def run(
     from dapo_edge.runtime.pipeline import Statistics, inspect_stream
     from dapo_edge.runtime.sources import open_source
 
+    size = _parse_map_size(map_size)
     opened = [open_source(source) for source in sources]
     with contextlib.ExitStack() as stack:
-        inspector = stack.enter_context(
-            Inspector(package, backend=backend, precision=precision, map_size=_parse_map_size(map_size))
-        )
-        recorder = stack.enter_context(_recorder(out)) if out else None
-        stopped = stack.enter_context(_stop_on_sigterm())
+        first = stack.enter_context(opened[0])  # a source that is not there shows before the engine is loaded
+        recorder = stack.enter_context(_recorder(out, first.properties.fps)) if out else None
+        inspector = stack.enter_context(Inspector(package, backend=backend, precision=precision, map_size=size))
+        stopped = stack.enter_context(_stop_on_sigterm(lambda: _close(opened)))
         statistics = Statistics()
+        stream = inspect_stream(inspector, opened, statistics, limit=frames, stopped=lambda: bool(stopped))
         try:
-            for outcome in inspect_stream(inspector, opened, limit=frames, stopped=lambda: bool(stopped)):
-                statistics.count(outcome)
+            for outcome in stream:
                 _print_outcome(outcome, json_output)
                 if recorder and outcome.frame and outcome.inspection:
                     from dapo_edge.outputs.overlay import draw
@@ -253,13 +253,22 @@ def _demo_recipe_path() -> Path:
 def _build_with_progress(recipe: Any, output: Path | None) -> Any:
     from dapo_edge.engine.build import build as build_package
 
-    with _progress_bar() as progress, _stop_on_sigterm(interrupt=True):
+    with _progress_bar() as progress, _stop_on_sigterm(_interrupt):
         package = build_package(recipe, output, progress)
     if not package.manifest.tuned:
         _say("note: the prompts are not tuned, so the maps follow the backbone alone ('prompts.tuned' in the recipe)")
     if package.manifest.weights.startswith("seeded"):
         _say("note: the backbone has seeded weights, so the maps mean nothing yet ('backbone.pretrained')")
     return package
+
+
+def _close(sources: Sequence[Source]) -> None:
+    for source in sources:
+        source.close()  # also wakes one that waits for its next frame
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
 
 
 def _parse_map_size(text: str | None) -> Any:
@@ -277,21 +286,20 @@ def _parse_map_size(text: str | None) -> Any:
     return int(width), int(height)
 
 
-def _recorder(out: Path) -> Any:
+def _recorder(out: Path, fps: float | None) -> Any:
     from dapo_edge.outputs.overlay import Recorder
 
-    return Recorder(out)
+    return Recorder(out, fps=fps or 25.0)
 
 
 @contextlib.contextmanager
-def _stop_on_sigterm(*, interrupt: bool = False) -> Iterator[list[int]]:
-    """Collect SIGTERM in a list, so that the work in hand is finished; or treat it like Ctrl-C."""
+def _stop_on_sigterm(then: Callable[[], object]) -> Iterator[list[int]]:
+    """Collect SIGTERM in a list, so that the work in hand is finished, and call `then`, e.g. to end a wait."""
     received: list[int] = []
 
     def on_signal(number: int, frame: object) -> None:
         received.append(number)
-        if interrupt:
-            raise KeyboardInterrupt
+        then()
 
     before = signal.signal(signal.SIGTERM, on_signal)
     try:
@@ -359,8 +367,19 @@ def _print_summary(statistics: Statistics, inspector: Any, json_output: bool) ->
 
 
 def _print_json(content: Any, indent: int | None = 2) -> None:
-    sys.stdout.write(json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _forget_stdout()
+        raise OutputError.refused("stdout", error) from error
+
+
+def _forget_stdout() -> None:
+    """What stdout still holds can't be written; without this Python would try once more at exit, and complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _print_rich(renderable: Any) -> None:

@@ -35,8 +35,7 @@ def inspect_belt(
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with Inspector(package) as inspector, Recorder(folder / "belt.mp4", fps=BELT_FPS) as recorder:
-        for outcome in inspect_stream(inspector, [open_source(f"{BELT}&frames={frames}")]):
-            statistics.count(outcome)
+        for outcome in inspect_stream(inspector, [open_source(f"{BELT}&frames={frames}")], statistics):
             lines.append(json.dumps(frame_json(outcome)))
             if outcome.frame is not None and outcome.inspection is not None:
                 timings.append(outcome.inspection.ms)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import platform
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -40,7 +41,10 @@ def named_extras() -> Iterator[None]:
 
 
 def _missing(package: str, error: ImportError) -> DependencyMissing:
-    return DependencyMissing(
-        f"the Python package '{package}' can't be imported ({error})",
-        f"Install it: pip install 'dapo-edge[{EXTRA_OF_MODULE[package]}]'",
-    )
+    remedy = f"Install it: pip install 'dapo-edge[{EXTRA_OF_MODULE[package]}]'"
+    if package == "cv2" and platform.machine() == "aarch64":
+        remedy = (
+            "Use the board's own OpenCV (apt install python3-opencv, and a venv with --system-site-packages), "
+            "or on an ARM server pip install opencv-python-headless"
+        )
+    return DependencyMissing(f"the Python package '{package}' can't be imported ({error})", remedy)

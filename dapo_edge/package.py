@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Literal
 
@@ -82,7 +83,7 @@ class Manifest(_Part):
     @field_validator("files")
     @classmethod
     def _inside(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
-        outside = [name for name in files if Path(name).name != name]
+        outside = [name for name in files if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
         if outside:
             raise ValueError(f"{outside[0]!r} is not the name of a file in the package")
         missing = {ENCODER, PROMPTS, THRESHOLDS, REPORT} - files.keys()
@@ -106,6 +107,11 @@ class Thresholds(_Part):
     pixel: Threshold | None = None  # of the anomaly map's maximum
     source: str = "not calibrated"
     frames: int = 0
+    bank: str | None = None  # digest of the prompt bank that they were made with
+
+    def for_bank(self, bank: PromptBank) -> Thresholds:
+        """These limits, or none when they were made with other words."""
+        return self if self.bank in (None, bank.digest) else Thresholds(source="not calibrated for this prompt bank")
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,13 @@ class EnginePackage:
     def open(cls, path: str | Path) -> EnginePackage:
         """Open and verify. Raises `PackageError`, `PackageDamaged` or `PackageIncompatible`."""
         path = Path(path)
-        if not (path / MANIFEST).is_file():
+        try:
+            is_package = (path / MANIFEST).is_file()
+        except OSError as error:
+            raise PackageError(
+                f"'{path}' can't be read ({error.strerror})", "Check the path and its permissions"
+            ) from error
+        if not is_package:
             raise _not_a_package(path)
         manifest = _read_manifest(path / MANIFEST)
         for name, entry in manifest.files.items():
@@ -153,45 +165,57 @@ class EnginePackage:
     @property
     def digest(self) -> str:
         """SHA-256 over the manifest, and so over every file: names this very package."""
-        return _digest(json.loads((self.path / MANIFEST).read_bytes()))
+        return _digest(self._json(MANIFEST))
 
     def _json(self, name: str) -> dict[str, Any]:
-        return json.loads((self.path / name).read_text(encoding="utf-8"))
+        try:
+            return json.loads((self.path / name).read_bytes())
+        except (OSError, ValueError) as error:
+            raise PackageDamaged(f"'{self.path / name}' can't be read any more ({error})", _REBUILD) from error
 
 
 class PackageWriter:
     """Writes a package beside its destination and moves it into place at the end, or leaves no trace."""
 
     def __init__(self, destination: Path) -> None:
-        self.destination = destination.resolve() if destination.is_symlink() else destination
+        self.destination = destination
 
     def __enter__(self) -> PackageWriter:
-        if self.destination.exists() and not (self.destination / MANIFEST).is_file():
-            raise OutputError(
-                f"'{self.destination}' exists and is not an engine package",
-                "Name another place with -o, or move it away",
-            )
         with writing_to(self.destination):
+            if self.destination.is_symlink():
+                self.destination = self.destination.resolve()
+            if self.destination.exists() and not (self.destination / MANIFEST).is_file():
+                raise OutputError(
+                    f"'{self.destination}' exists and is not an engine package",
+                    "Name another place with -o, or move it away",
+                )
             self.destination.parent.mkdir(parents=True, exist_ok=True)
-            self._remove_leftovers()
-            prefix = f".{self.destination.name}.building-{os.getpid()}-"
-            self.folder = Path(tempfile.mkdtemp(prefix=prefix, dir=self.destination.parent))
-            self.folder.chmod(0o755)  # mkdtemp is private; a package is read by the service that runs it
+            self._mend_what_was_killed()
+            # The lock lies beside the folder and lives as long as this process, in whatever container that runs.
+            self._lock_path = self.destination.with_name(f"{self._prefix}{secrets.token_hex(4)}.lock")
+            self._lock = self._lock_path.open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            self.folder = self._lock_path.with_suffix("")
+            self.folder.mkdir()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock_path.unlink(missing_ok=True)
+        self._lock.close()
 
     def write(self, name: str, data: bytes) -> None:
         """Add one file."""
-        with writing_to(self.folder / name):
-            (self.folder / name).write_bytes(data)
+        path = self.folder / name
+        with writing_to(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
 
     def draft(self, fields: dict[str, Any]) -> EnginePackage:
         """The package as it stands now, to be run before it is committed."""
-        files = {path.name: _entry(path) for path in sorted(self.folder.iterdir())}
+        files = {path.relative_to(self.folder).as_posix(): _entry(path) for path in self._written()}
         return EnginePackage(self.folder, Manifest(format=FORMAT, files=files, **fields))
 
     def commit(self, fields: dict[str, Any]) -> EnginePackage:
@@ -201,16 +225,19 @@ class PackageWriter:
         with writing_to(self.destination):
             text = json.dumps({**content, "digest": _digest(content)}, indent=2, ensure_ascii=False)
             (self.folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
-            for path in [*self.folder.iterdir(), self.folder]:
+            for path in [*self._written(), self.folder]:
                 _sync(path)
             self._move_into_place()
         return EnginePackage(self.destination, manifest)
+
+    def _written(self) -> list[Path]:
+        return sorted(path for path in self.folder.rglob("*") if path.is_file())
 
     def _move_into_place(self) -> None:
         if not self.destination.exists():
             self.folder.rename(self.destination)
         elif not _exchange(self.folder, self.destination):
-            previous = self.folder.with_suffix(".previous")
+            previous = self.destination.with_name(f".{self.destination.name}.previous")
             self.destination.rename(previous)
             try:
                 self.folder.rename(self.destination)
@@ -220,12 +247,23 @@ class PackageWriter:
             shutil.rmtree(previous, ignore_errors=True)
         _sync(self.destination.parent)
 
-    def _remove_leftovers(self) -> None:
-        """Remove what builds of the same package left behind when they were killed."""
-        for folder in self.destination.parent.glob(f".{self.destination.name}.building-*"):
-            owner = folder.name.rpartition(".building-")[2].partition("-")[0]
-            if owner.isdigit() and not Path(f"/proc/{owner}").exists() and Path("/proc/self").exists():
-                shutil.rmtree(folder, ignore_errors=True)
+    @property
+    def _prefix(self) -> str:
+        return f".{self.destination.name}.building-"
+
+    def _mend_what_was_killed(self) -> None:
+        """Put back a package that was moved aside, and remove the folders of builds that no process works on."""
+        previous = self.destination.with_name(f".{self.destination.name}.previous")
+        if previous.is_dir():
+            if self.destination.exists():
+                shutil.rmtree(previous, ignore_errors=True)
+            else:
+                previous.rename(self.destination)
+        for path in self.destination.parent.glob(f"{self._prefix}*.lock"):
+            with contextlib.suppress(OSError), path.open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+                path.unlink()
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -5,9 +5,11 @@ It is a small file beside the engine, so a new word costs seconds and a running 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +40,11 @@ class PromptBank:
     def dimensions(self) -> int:
         """Length D of a row."""
         return int(self.rows.shape[1])
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of names and rows: thresholds are valid for one bank only."""
+        return hashlib.sha256(json.dumps(self.names).encode() + self.rows.tobytes()).hexdigest()
 
     def to_bytes(self) -> bytes:
         """The bank as a safetensors file."""

@@ -77,7 +77,7 @@ def package_table(content: dict[str, Any]) -> Table:
         row(
             f"drift {precision}",
             f"map at most {drift['map_difference_max']:.2g}, types {drift['type_agreement']:.2%} equal, "
-            f"verdict flips {drift['flips']:.2%}, encoder {drift['encode_ms']:.1f} ms when built",
+            f"{_flips_text(drift['flips'])}, ran as {drift['runs_as']}, encoder {drift['encode_ms']:.1f} ms when built",
         )
     for name, entry in content["files"].items():
         row("file", f"{name}, {entry['size']:,} bytes")
@@ -89,12 +89,18 @@ def package_table(content: dict[str, Any]) -> Table:
 def doctor_table(diagnosis: Diagnosis) -> Group:
     """The `doctor` document."""
     table = Table(show_header=False, box=None, pad_edge=False)
+    for _ in range(3):
+        table.add_column(overflow="fold")
     for check in diagnosis.checks:
         mark = Text("ok", "green") if check.fine else Text("no", "bold red")
         table.add_row(mark, check.what, Text(check.finding))
     device = diagnosis.device
     where = f"Jetson: {device.jetson}" if device.jetson else f"Python {device.python}"
     return Group(Text(device.line(), "bold"), Text(where), table)
+
+
+def _flips_text(flips: float | None) -> str:
+    return "no verdicts to compare" if flips is None else f"verdict flips {flips:.2%}"
 
 
 def _threshold_text(limit: dict[str, Any] | None, frames: int) -> str:

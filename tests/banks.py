@@ -14,3 +14,10 @@ def contrasting_bank(names: tuple[str, ...], tokens: NDArray[np.float32]) -> Pro
     picked = np.random.default_rng(2).choice(len(patches), len(names), replace=False)
     rows = patches[picked] - patches.mean(axis=0)
     return PromptBank(names, rows / np.linalg.norm(rows, axis=1, keepdims=True))
+
+
+def has_fast_type() -> bool:
+    """Whether this CPU computes a float type faster than fp32."""
+    import openvino
+
+    return bool({"BF16", "FP16"} & set(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")))

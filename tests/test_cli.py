@@ -22,7 +22,7 @@ RUN = [sys.executable, "-m", "dapo_edge"]
 
 def dapo_edge(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*RUN, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False, **options
+        [*RUN, *map(str, arguments)], capture_output=True, encoding="utf-8", timeout=120, check=False, **options
     )
 
 
@@ -85,6 +85,8 @@ def test_bad_frames_are_counted_and_the_run_goes_on(package: EnginePackage, tmp_
     *lines, last = [json.loads(line) for line in run.stdout.splitlines()]
     assert [("error" in line) for line in lines] == [False, True, False, True]
     assert "d.png" in lines[3]["error"]
+    assert [line["index"] for line in lines] == [0, 1, 2, 3]
+    assert [line["source"].rpartition("/")[2] for line in lines] == ["a.png", "b.png", "c.png", "d.png"]
     summary = last["summary"]
     assert (summary["captured"], summary["inspected"], summary["failed"]) == (4, 2, 2)
 
@@ -144,7 +146,7 @@ def test_package_and_source_errors(package: EnginePackage, package_copy: Path, t
 
 
 def test_weights_without_a_network(tiny_fields: dict[str, Any], tmp_path: Path) -> None:
-    fields = {**tiny_fields, "backbone": {"model": "ViT-B-32", "pretrained": "laion400m_e32"}}
+    fields = {**tiny_fields, "backbone": {"model": "ViT-B-32", "pretrained": "laion2b_s34b_b79k"}}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(fields))
     offline = {"HF_HUB_OFFLINE": "1", "PATH": "/usr/bin", "HF_HOME": str(tmp_path / "hf")}
     result = dapo_edge("build", tmp_path / "r.yaml", "-o", tmp_path / "x.dapo", env=offline)
@@ -172,6 +174,17 @@ def test_stopping_a_run(package: EnginePackage, number: int, code: int) -> None:
     assert "Traceback" not in errors
 
 
+def test_sigterm_wakes_a_waiting_source(package: EnginePackage) -> None:
+    process = start("run", package.path, "synthetic://64x64@0.02?realtime=1", "--json")
+    assert process.stdout is not None
+    assert json.loads(process.stdout.readline())["index"] == 0
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=10)
+    assert process.returncode == 0, errors
+    assert json.loads(output.splitlines()[-1])["summary"]["captured"] == 1
+
+
 def test_stopping_a_build(recipe_file: Path, package_copy: Path) -> None:
     process = start("build", recipe_file, "-o", package_copy)
     assert process.stderr is not None
@@ -190,6 +203,39 @@ def test_a_reader_that_goes_away(package: EnginePackage) -> None:
     assert json.loads(result.stdout)["index"] == 0
     assert "Traceback" not in result.stderr
     assert "error" not in result.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_stdout_that_is_full(package: EnginePackage) -> None:
+    for command in (["show", package.path], ["run", package.path, "synthetic://64x64@30?frames=2"]):
+        with open("/dev/full", "w") as full:  # noqa: PTH123
+            result = subprocess.run(
+                [*RUN, *map(str, command), "--json"],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                check=False,
+                timeout=60,
+            )
+        refused(1, "stdout", "No space left on device", result=result)
+
+
+def test_help_comes_at_once() -> None:
+    def seconds() -> float:
+        started = time.perf_counter()
+        dapo_edge("--help")
+        return time.perf_counter() - started
+
+    assert min(seconds() for _ in range(3)) <= 0.5
+
+
+def test_the_first_result_comes_within_two_seconds(package: EnginePackage) -> None:
+    def seconds() -> float:
+        started = time.perf_counter()
+        dapo_edge("run", package.path, "synthetic://640x480?frames=1")
+        return time.perf_counter() - started
+
+    assert min(seconds() for _ in range(3)) <= 2
 
 
 def test_help_of_every_command() -> None:

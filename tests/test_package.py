@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -142,14 +141,44 @@ def test_unwritable_destination(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_a_killed_build_are_removed(package: EnginePackage, package_copy: Path) -> None:
-    dead = package_copy.parent / f".{package_copy.name}.building-999999999-x"
-    alive = package_copy.parent / f".{package_copy.name}.building-{os.getppid()}-x"
+    prefix = f".{package_copy.name}.building-"
+    dead = package_copy.parent / f"{prefix}x"
     dead.mkdir()
-    alive.mkdir()
+    Path(f"{dead}.lock").touch()
+    with PackageWriter(package_copy) as alive, PackageWriter(package_copy):
+        assert alive.folder.is_dir(), "another build is still at work"
+        assert not dead.exists()
+    assert [path.name for path in package_copy.parent.iterdir()] == [package_copy.name]
+
+
+def test_a_package_moved_aside_by_a_killed_build_comes_back(package_copy: Path) -> None:
+    package_copy.rename(package_copy.with_name(f".{package_copy.name}.previous"))
     with PackageWriter(package_copy):
         pass
-    assert not dead.exists()
-    assert alive.exists(), "another process is still building"
+    assert EnginePackage.open(package_copy).manifest.name == "tiny"
+
+
+def test_files_in_folders_belong_to_the_package(package: EnginePackage, tmp_path: Path) -> None:
+    with PackageWriter(tmp_path / "x.dapo") as writer:
+        writer.write("targets/a/target.json", b"{}")
+        copied_into(writer, package)
+    (tmp_path / "x.dapo" / "targets/a/target.json").write_bytes(b"[]")
+    with pytest.raises(PackageDamaged, match=r"targets/a/target\.json' is not the file of the build"):
+        EnginePackage.open(tmp_path / "x.dapo")
+
+
+def test_paths_that_no_file_can_have(tmp_path: Path) -> None:
+    with pytest.raises(PackageError, match="can't be read"):
+        EnginePackage.open(tmp_path / ("x" * 300))
+    with pytest.raises(OutputError, match="can't be written"), PackageWriter(tmp_path / ("x" * 300)):
+        pass
+
+
+def test_a_package_that_vanishes(package_copy: Path) -> None:
+    opened = EnginePackage.open(package_copy)
+    (package_copy / THRESHOLDS).unlink()
+    with pytest.raises(PackageDamaged, match="can't be read any more"):
+        opened.thresholds()
 
 
 def test_bank_round_trip_and_damage(tmp_path: Path) -> None:

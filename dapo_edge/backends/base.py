@@ -21,12 +21,13 @@ View = NDArray[np.uint8]  # [H, W, 3] BGR
 
 @dataclass(frozen=True, eq=False)
 class MapBatch:
-    """Results of one `infer` call, in the order of its views."""
+    """Results of one `infer` call, in the order of its views. The arrays are the caller's own."""
 
     anomaly: NDArray[np.float32]  # [B, H, W] in [0, 1]
     types: NDArray[np.uint8]  # [B, H, W] index into the bank's names
     patch_probs: NDArray[np.float32]  # [B, K+1, h, w], sum 1 per patch
     image_scores: NDArray[np.float32]  # [B] in [0, 1], by the package's score rule
+    bank: PromptBank  # the one bank that all of the batch was compared with
     stage_ms: Mapping[str, float]  # preprocess, encode, map: milliseconds of the whole batch
 
 
@@ -45,6 +46,10 @@ class Backend(Protocol):
 
     def infer(self, views: Sequence[View]) -> MapBatch:
         """Inspect views of any size; with a map of the frame's size they must all have one size."""
+        ...
+
+    def encode(self, views: Sequence[View]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Patch tokens [B, L, N, D] and image embeddings [B, D], the caller's own: what the accuracy gate compares."""
         ...
 
     def set_bank(self, bank: PromptBank) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -34,11 +35,15 @@ def make_maps(
     tokens: NDArray[np.float32], embedding: NDArray[np.float32], bank: PromptBank, spec: MapSpec, size: tuple[int, int]
 ) -> tuple[NDArray[np.float32], NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
     """Patch tokens [B, L, N, D] and embeddings [B, D] to anomaly, types, patch_probs, image_scores of a `MapBatch`."""
-    with _blas().limit(limits=1, user_api="blas"):
+    with _ONE_AT_A_TIME, _blas().limit(limits=1, user_api="blas"):
         probs = reference.patch_probabilities(tokens, bank.rows, spec.temperature, spec.grid)
         anomaly, types = reference.defect_map(probs, *spec.tables(size))
         scores = reference.image_scores(spec.score, embedding, bank.rows, spec.temperature, anomaly)
     return anomaly, types, probs, scores
+
+
+# The limit holds for the whole process: two threads that set and restore it by turns would leave it set.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 @lru_cache(maxsize=1)

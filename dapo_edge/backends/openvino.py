@@ -45,8 +45,13 @@ class OpenVinoBackend:
         self.precision = _precision_of(model)
 
     @classmethod
-    def open(cls, package: EnginePackage, *, map_size: MapSize, precision: str | None = None) -> Self:
-        """Compile the encoder, or take it from the model cache. `precision` overrides the package's: fp32 or fp16."""
+    def open(
+        cls, package: EnginePackage, *, map_size: MapSize, precision: str | None = None, cache: bool = True
+    ) -> Self:
+        """Compile the encoder, or take it from the model cache. `precision` overrides the package's: fp32 or fp16.
+
+        Raises `BackendError` for fp16 on a CPU that computes no float type faster than fp32.
+        """
         ov = require("openvino")
         wanted = precision or package.manifest.precision
         if wanted not in ("fp32", "fp16"):
@@ -55,7 +60,7 @@ class OpenVinoBackend:
         properties = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": HINT_OF["fp32" if wanted == "fp32" else _fast_type(core)],
-            **_cache_property(),
+            **(_cache_property() if cache else {}),
         }
         try:
             model = core.compile_model(_with_preprocessing(ov, core, package), "CPU", properties)
@@ -83,10 +88,10 @@ class OpenVinoBackend:
             "encode": (encoded - prepared) * 1e3,
             "map": (finished - encoded) * 1e3,
         }
-        return MapBatch(anomaly, types, probs, scores, stages)
+        return MapBatch(anomaly, types, probs, scores, bank, stages)
 
     def encode(self, views: Sequence[View]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Patch tokens [B, L, N, D] and image embeddings [B, D]: what the accuracy gate compares."""
+        """Patch tokens [B, L, N, D] and image embeddings [B, D], the caller's own: what the accuracy gate compares."""
         tokens, embedding = self._encode([resize_view(view, self._package.manifest.image_size) for view in views])
         return tokens.copy(), embedding.copy()
 
@@ -150,8 +155,10 @@ def _fast_type(core: Any) -> str:
     for capability, name in FAST_TYPES.items():
         if capability in capabilities:
             return name
-    log.warning("this CPU computes no float type faster than fp32; the package runs in fp32")
-    return "fp32"
+    raise BackendError(
+        "this CPU computes no float type faster than fp32, so precision fp16 can't be had here",
+        "Run with --precision fp32, or build the package with precision: fp32",
+    )
 
 
 def _precision_of(model: Any) -> str:

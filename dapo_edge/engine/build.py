@@ -15,6 +15,7 @@ import numpy as np
 
 from dapo_edge import __version__
 from dapo_edge.backends.base import View
+from dapo_edge.backends.openvino import OpenVinoBackend
 from dapo_edge.calibration.thresholds import threshold_at
 from dapo_edge.config import Recipe
 from dapo_edge.device import cpu_name
@@ -153,6 +154,7 @@ def _calibrated(job: _Job, draft: EnginePackage) -> Thresholds:
         pixel=threshold_at(highest, wanted.false_reject_rate),
         source=wanted.frames,
         frames=len(views),
+        bank=job.bank.digest,
     )
 
 
@@ -168,7 +170,7 @@ def _passed_gate(job: _Job, draft: EnginePackage, thresholds: Thresholds) -> dic
         job.progress("running the eager reference", done, len(views))
         batch = eager.infer([view])
         eager_ms.append(batch.stage_ms["encode"])
-        expected.append((eager.encode([view])[0], batch))
+        expected.append(gate.Expected(*eager.encode([view]), batch))
     drifts = {}
     for precision in dict.fromkeys(("fp32", recipe.precision)):
         drifts[precision] = _drift(job, draft, precision, expected, views, thresholds)
@@ -188,7 +190,7 @@ def _drift(
     job: _Job,
     draft: EnginePackage,
     precision: str,
-    expected: Sequence[Any],
+    expected: Sequence[gate.Expected],
     views: Sequence[View],
     thresholds: Thresholds,
 ) -> gate.Drift:
@@ -205,10 +207,10 @@ def _drift(
         return gate.measure_drift(backend, expected, views, thresholds, advance)
 
 
-def _open(draft: EnginePackage, precision: str) -> Any:
-    from dapo_edge.backends.openvino import OpenVinoBackend
-
-    return OpenVinoBackend.open(draft, map_size="model", precision=precision)
+def _open(draft: EnginePackage, precision: str) -> OpenVinoBackend:
+    return OpenVinoBackend.open(
+        draft, map_size="model", precision=precision, cache=False
+    )  # a draft is never seen again
 
 
 def _versions() -> dict[str, str]:

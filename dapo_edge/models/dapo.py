@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from pydantic import Field
@@ -57,7 +57,6 @@ class Dapo(nn.Module):
         options = options or DapoOptions()
         tuning = tuned.tuning if tuned else checkpoints.Tuning(readout="eot")
         self.clip = clip
-        self.text = clip.text  # registered here, so that it follows the method to another device
         self.tuned = tuned is not None
         self.readout: Readout = tuning.readout
         self.temperature = tuning.temperature or options.temperature
@@ -104,6 +103,11 @@ class Dapo(nn.Module):
         taps, embedding = self.encoder(image)
         tokens = [adapter(tap) for adapter, tap in zip(self.adapters, taps, strict=True)]
         return torch.stack(tokens, dim=1), embedding
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Dapo:
+        """Take the text tower along to another device or type; it is no submodule, because it is never exported."""
+        self.clip.text._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
     def encoder_tensors(self) -> Iterator[Tensor]:
         """Every weight that the exported encoder holds."""

@@ -58,21 +58,22 @@ class EagerBackend:
     @torch.inference_mode()
     def infer(self, views: Sequence[View]) -> MapBatch:
         """Inspect views of any size."""
+        bank = self.bank
         size = map_pixels(self._map_size, self.method.image_size, views)
         started = time.perf_counter()
         image = self.preprocess(views)
         prepared = time.perf_counter()
         tokens, embedding = self.method(image)
         encoded = time.perf_counter()
-        anomaly, types, probs = self._maps(tokens, size)
-        scores = self._scores(embedding, anomaly)
+        anomaly, types, probs = self._maps(tokens, bank, size)
+        scores = self._scores(embedding, bank, anomaly)
         finished = time.perf_counter()
         stages = {
             "preprocess": (prepared - started) * 1e3,
             "encode": (encoded - prepared) * 1e3,
             "map": (finished - encoded) * 1e3,
         }
-        return MapBatch(anomaly.numpy(), types.numpy(), probs.numpy(), scores.numpy(), stages)
+        return MapBatch(anomaly.numpy(), types.numpy(), probs.numpy(), scores.numpy(), bank, stages)
 
     @torch.inference_mode()
     def encode(self, views: Sequence[View]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -100,8 +101,8 @@ class EagerBackend:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _maps(self, tokens: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        rows = torch.from_numpy(self.bank.rows)
+    def _maps(self, tokens: Tensor, bank: PromptBank, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        rows = torch.from_numpy(bank.rows)
         logits = F.normalize(tokens, dim=-1) @ rows.T / self._spec.temperature
         probs = logits.softmax(dim=-1).mean(dim=1).transpose(1, 2).unflatten(2, self._spec.grid)  # [B, K+1, h, w]
         width, height = size
@@ -110,13 +111,13 @@ class EagerBackend:
         smooth = _gaussian(_gaussian(upsampled, scale * height, dim=2), scale * width, dim=3)
         return 1 - smooth[:, 0], smooth.argmax(dim=1).to(torch.uint8), probs
 
-    def _scores(self, embedding: Tensor, anomaly: Tensor) -> Tensor:
+    def _scores(self, embedding: Tensor, bank: PromptBank, anomaly: Tensor) -> Tensor:
         pixels = anomaly.flatten(1)
         if self._spec.score == "max":
             return pixels.amax(dim=1)
         if self._spec.score == "top":
             return pixels.topk(max(1, pixels.shape[1] // 100), dim=1).values.mean(dim=1)
-        rows = torch.from_numpy(self.bank.rows)
+        rows = torch.from_numpy(bank.rows)
         pair = torch.stack([rows[0], F.normalize(rows[1:].mean(dim=0), dim=0)])
         return (F.normalize(embedding, dim=-1) @ pair.T / self._spec.temperature).softmax(dim=-1)[:, 1]
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
 from dapo_edge.runtime.pipeline import Outcome
+
+MOST_REGIONS = 4  # in a line for people; the JSON has all
 
 
 def frame_json(outcome: Outcome) -> dict[str, Any]:
     """The `run` line of one frame; a failed frame has "error" instead of a result."""
     frame, result = outcome.frame, outcome.inspection
-    head: dict[str, Any] = {"source": outcome.source}
-    if frame is not None:
-        head = {"source": frame.source, "index": frame.index, "timestamp_ns": frame.timestamp_ns}
+    head = {
+        "source": outcome.source,
+        "index": outcome.index,
+        "timestamp_ns": None if frame is None else frame.timestamp_ns,
+    }
     if result is None:
         return {**head, "error": str(outcome.error)}
     return {
@@ -28,11 +33,18 @@ def frame_json(outcome: Outcome) -> dict[str, Any]:
 
 
 def frame_text(outcome: Outcome) -> str:
-    """The same for people."""
+    """The same for people, in one line."""
     frame, result = outcome.frame, outcome.inspection
-    place = outcome.source if frame is None else f"{frame.source} #{frame.index}"
-    if result is None:
-        return f"{place}  failed: {outcome.error}"
-    found = ", ".join(f"{region.type} {region.score:.2f} at {list(region.box)}" for region in result.regions[:4])
-    more = f" and {len(result.regions) - 4} more" if len(result.regions) > 4 else ""
-    return f"{place}  {result.verdict:6} score {result.score:.3f}  {result.ms['total']:.1f} ms  {found}{more}".rstrip()
+    if frame is None or result is None:
+        return f"{outcome.source} #{outcome.index}  failed: {outcome.error}"
+    time = datetime.fromtimestamp(frame.timestamp_ns / 1e9).strftime("%H:%M:%S.%f")[:-3]
+    stages = ", ".join(f"{stage} {ms:.1f}" for stage, ms in result.ms.items() if stage != "total")
+    regions = [
+        f"{region.type} {region.score:.2f} {region.area_px} px at {list(region.box)}" for region in result.regions
+    ]
+    if len(regions) > MOST_REGIONS:
+        regions[MOST_REGIONS:] = [f"{len(regions) - MOST_REGIONS} more"]
+    return (
+        f"{frame.source} #{frame.index} {time}  {result.verdict:6} score {result.score:.3f}  "
+        f"{result.ms['total']:.1f} ms ({stages})  {', '.join(regions)}"
+    ).rstrip()

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections import OrderedDict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ STILL_EXTENSIONS = (".png", ".jpg", ".jpeg")
 OTHER_VIDEO_EXTENSIONS = (".avi", ".m4v", ".mkv", ".mov", ".webm")
 MAX_FPS = 1000.0
 MAX_STEM = 48  # letters; of up to 4 bytes each, they leave room in the 255 bytes that file systems allow
+REMEMBERED_NAMES = 10_000  # a line runs for years: what is remembered must not grow with it
 SPARE_BYTES = 1 << 20  # for a video's index, which is written last
 
 
@@ -40,6 +42,7 @@ class Recorder:
         if not 0 < fps <= MAX_FPS:
             raise OutputError(f"a video can't have {fps} frames per second", f"Use more than 0 and up to {MAX_FPS:g}")
         self._keeper: _Keeper
+        self._is_video = extension == ".mp4"
         if extension == ".mp4":
             # OpenCV crashes on a name that is not text.
             if str(self.path) != str(self.path).encode(errors="replace").decode():
@@ -53,6 +56,8 @@ class Recorder:
     def open(self) -> Recorder:
         """Make the folder and try to write there, so that a wrong path shows before the first frame."""
         try:
+            if self._is_video and self.path.is_dir():
+                raise OutputError(f"'{self.path}' is a folder, not a video", "Use another name")
             self._folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self._folder):
                 return self
@@ -109,7 +114,7 @@ class _Stills:
         self._stem = stem
         self._extension = extension
         self._count = 0
-        self._names: set[str] = set()
+        self._names: OrderedDict[str, None] = OrderedDict()  # the latest, oldest first
 
     def write(self, image: Image, frame: Frame | None) -> Path:
         return save_picture(self._folder / self._name(frame), image)
@@ -122,7 +127,9 @@ class _Stills:
         unique, number = name, 2
         while unique in self._names:
             unique, number = f"{name}-{number}", number + 1
-        self._names.add(unique)
+        self._names[unique] = None
+        if len(self._names) > REMEMBERED_NAMES:
+            self._names.popitem(last=False)
         return unique + self._extension
 
     def close(self) -> None:

@@ -50,12 +50,13 @@ def find_regions(
         inside = labels[window] == label
         probabilities = reference.region_probabilities(inside, patch_probs, rows, columns, (top, left))
         x, y = round(left * scale_x), round(top * scale_y)
+        right, bottom = round((left + across) * scale_x), round((top + down) * scale_y)
         regions.append(
             Region(
                 type=names[1 + int(probabilities[1:].argmax())],
                 score=float(anomaly[window][inside].max()),
-                area_px=round(area * scale_x * scale_y),
-                box=(x, y, round((left + across) * scale_x) - x, round((top + down) * scale_y) - y),
+                area_px=max(1, round(area * scale_x * scale_y)),
+                box=(min(x, frame_size[0] - 1), min(y, frame_size[1] - 1), max(1, right - x), max(1, bottom - y)),
             )
         )
     return tuple(sorted(regions, key=lambda region: -region.score))

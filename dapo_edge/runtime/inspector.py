@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from dapo_edge.backends.base import Backend, MapSize, backend_class
 from dapo_edge.errors import BackendError, FrameError
-from dapo_edge.package import EnginePackage
+from dapo_edge.package import EnginePackage, Thresholds
 from dapo_edge.prompt_bank import PromptBank
 from dapo_edge.runtime.decide import decide, find_regions
 from dapo_edge.structures import MAX_PIXELS, MIN_SIDE_PX, DefectMap, Frame, Inspection
@@ -54,7 +54,7 @@ class Inspector:
         """Inspect one BGR image [H, W, 3] uint8 (or grey [H, W]). Raises `FrameError` when it can't be one."""
         started = time.perf_counter()
         view = checked_view(image.image if isinstance(image, Frame) else image)
-        bank = self.backend.bank
+        thresholds = self.thresholds
         batch = self.backend.infer([view])
         decided = time.perf_counter()
         anomaly, score = batch.anomaly[0], float(batch.image_scores[0])
@@ -65,18 +65,24 @@ class Inspector:
                 "Run in fp32, or build the package again: a float type overflowed or the weights are damaged",
             )
         size = (view.shape[1], view.shape[0])
-        limit = self.thresholds.pixel.value if self.thresholds.pixel else None
+        names = batch.bank.names
+        thresholds = thresholds.for_bank(batch.bank)
+        limit = thresholds.pixel.value if thresholds.pixel else None
         spec = self.package.manifest.map
-        regions = () if limit is None else find_regions(anomaly, batch.patch_probs[0], bank.names, spec, limit, size)
-        verdict = decide(score, highest, self.thresholds)
+        regions = () if limit is None else find_regions(anomaly, batch.patch_probs[0], names, spec, limit, size)
+        verdict = decide(score, highest, thresholds)
         finished = time.perf_counter()
         ms = {**batch.stage_ms, "decide": (finished - decided) * 1e3, "total": (finished - started) * 1e3}
-        defect_map = DefectMap(anomaly, batch.types[0], bank.names)
+        defect_map = DefectMap(anomaly, batch.types[0], names)
         return Inspection(score, verdict, defect_map, regions, size, limit, ms)
 
-    def set_bank(self, bank: PromptBank) -> None:
-        """Use other words from the next frame on; the engine stays as it is."""
+    def set_bank(self, bank: PromptBank, thresholds: Thresholds | None = None) -> None:
+        """Use other words from the next frame on; the engine stays as it is.
+
+        Thresholds belong to words: without new ones every verdict is `unsure` until the package's own bank is back.
+        """
         self.backend.set_bank(bank)
+        self.thresholds = thresholds or self.package.thresholds()
 
     def close(self) -> None:
         """Free the engine."""

@@ -19,7 +19,8 @@ from dapo_edge.structures import Frame, Inspection
 class Outcome:
     """One captured frame: inspected, or failed with the reason."""
 
-    source: str
+    source: str  # URI of the frame
+    index: int | None  # within its source; None when a failed frame does not know it
     frame: Frame | None = None
     inspection: Inspection | None = None
     error: FrameError | None = None
@@ -35,15 +36,6 @@ class Statistics:
     failed: int = 0
     verdicts: dict[str, int] = field(default_factory=lambda: {"ok": 0, "ng": 0, "unsure": 0})
     started: float = field(default_factory=time.perf_counter)  # seconds
-
-    def count(self, outcome: Outcome) -> None:
-        """Account for one more frame."""
-        self.captured += 1
-        if outcome.inspection is None:
-            self.failed += 1
-        else:
-            self.inspected += 1
-            self.verdicts[outcome.inspection.verdict] += 1
 
     def as_json(self) -> dict[str, object]:
         """The summary line's values."""
@@ -62,30 +54,50 @@ class Statistics:
 def inspect_stream(
     inspector: Inspector,
     sources: Iterable[Source],
+    statistics: Statistics,
     *,
     limit: int | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[Outcome]:
     """Inspect sources one after the other, at most `limit` frames of each, until `stopped()` says so.
 
-    A frame that can't be used is yielded as failed and the stream goes on. Raises `SourceError` when a source breaks.
+    A frame that can't be used is yielded as failed and the stream goes on. Raises `SourceError` when a source breaks,
+    and `BackendError` when the engine does; `statistics` account for the frame in hand then, too.
     """
     for source in sources:
+        if stopped():
+            return
         with source:
             uri = source.properties.uri
             taken = 0
             while not stopped() and (limit is None or taken < limit):
-                outcome = _next(inspector, source, uri)
-                if outcome is None:
-                    break
+                try:
+                    frame = source.read()
+                except FrameError as error:
+                    statistics.captured += 1
+                    statistics.failed += 1
+                    outcome = Outcome(error.source or uri, error.index, error=error)
+                else:
+                    if frame is None:
+                        break
+                    outcome = _inspected(inspector, frame, statistics)
                 taken += 1
                 yield outcome
 
 
-def _next(inspector: Inspector, source: Source, uri: str) -> Outcome | None:
-    frame = None
+def _inspected(inspector: Inspector, frame: Frame, statistics: Statistics) -> Outcome:
+    statistics.captured += 1
     try:
-        frame = source.read()
-        return None if frame is None else Outcome(uri, frame, inspector.inspect(frame))
+        inspection = inspector.inspect(frame)
     except FrameError as error:
-        return Outcome(uri, frame, error=error)
+        statistics.failed += 1
+        return Outcome(frame.source, frame.index, frame, error=error)
+    except KeyboardInterrupt:
+        statistics.dropped += 1  # by the person who stopped the run
+        raise
+    except BaseException:
+        statistics.failed += 1
+        raise
+    statistics.inspected += 1
+    statistics.verdicts[inspection.verdict] += 1
+    return Outcome(frame.source, frame.index, frame, inspection)

@@ -195,3 +195,11 @@ def test_no_visual_tokens_is_the_plain_tower(clip: Clip) -> None:
     image = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.allclose(plain(image)[1], clip.visual(image), atol=1e-5)
+
+
+def test_the_text_tower_follows_to_another_type(tiny_config: Path) -> None:
+    method = Dapo(load_clip(str(tiny_config)), options=DapoOptions(groups=1)).double()
+    assert method.clip.text.token_embedding.weight.dtype == torch.float64
+    assert method.clip.visual.proj.dtype == torch.float64
+    rows = method.prompts(method.clip, ["hole"], "object", "eot")
+    assert rows.dtype == torch.float64

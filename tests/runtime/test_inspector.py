@@ -31,7 +31,10 @@ class FakeBackend:
         probs[:, 0] = 1
         probs[:, :, 1:3, 4:6] = np.array([0.1, 0.2, 0.7, 0.0], np.float32)[None, :, None, None]
         anomaly, types = reference.defect_map(probs, *self.spec.tables((96, 96)))
-        return MapBatch(anomaly, types, probs, np.full(len(views), 0.8, np.float32), {"encode": 1.0})
+        return MapBatch(anomaly, types, probs, np.full(len(views), 0.8, np.float32), self.bank, {"encode": 1.0})
+
+    def encode(self, views: Sequence[Any]) -> Any:
+        raise AssertionError("the runtime never asks for tokens")
 
     def set_bank(self, bank: PromptBank) -> None:
         self.bank = bank
@@ -124,12 +127,49 @@ def test_an_uncalibrated_package_never_decides(package: EnginePackage) -> None:
 
 
 def test_words_change_without_a_new_engine(package: EnginePackage) -> None:
-    bank = package.bank()
-    renamed = PromptBank(("normal", "Kratzer", "Fehlteil", "Kleber"), bank.rows)
+    renamed = PromptBank(("normal", "Kratzer", "Fehlteil", "Kleber"), package.bank().rows)
     with Inspector.on(package, FakeBackend(package)) as inspector:
-        inspector.thresholds = limits(0.5, 0.45)
-        inspector.set_bank(renamed)
+        inspector.set_bank(renamed, limits(0.5, 0.45))
         assert inspector.inspect(np.zeros((96, 96, 3), np.uint8)).regions[0].type == "Fehlteil"
+
+
+def test_thresholds_of_other_words_decide_nothing(package: EnginePackage, picture: Any) -> None:
+    other = PromptBank(("normal", "a", "b", "c"), package.bank().rows[::-1].copy())
+    with Inspector(package) as inspector:
+        before = inspector.inspect(picture)
+        assert before.verdict in ("ok", "ng", "unsure")
+        assert before.pixel_threshold is not None
+        inspector.set_bank(other)
+        after = inspector.inspect(picture)
+        assert (after.verdict, after.regions, after.pixel_threshold) == ("unsure", (), None)
+        assert after.types == other.names
+        inspector.set_bank(package.bank())
+        assert inspector.inspect(picture).pixel_threshold == before.pixel_threshold
+
+
+def test_a_bank_swapped_in_mid_call_never_mixes_names(package: EnginePackage) -> None:
+    class Swapping(FakeBackend):
+        def infer(self, views: Sequence[Any]) -> MapBatch:
+            batch = super().infer(views)
+            self.bank = PromptBank(("normal", "x"), self.bank.rows[:2])
+            return batch
+
+    with Inspector.on(package, Swapping(package)) as inspector:
+        inspector.thresholds = limits(0.5, 0.45)
+        result = inspector.inspect(np.zeros((96, 96, 3), np.uint8))
+    assert result.types == package.bank().names
+    assert result.regions[0].type == "missing part"
+
+
+def test_a_region_has_at_least_one_pixel_in_a_small_frame(package: EnginePackage) -> None:
+    spec = package.manifest.map
+    probs = np.zeros((4, *spec.grid), np.float32)
+    probs[0] = 1
+    anomaly = np.zeros((500, 500), np.float32)
+    anomaly[499, 499] = 0.9
+    (region,) = find_regions(anomaly, probs, package.bank().names, spec, 0.5, (64, 48))
+    assert region.box == (63, 47, 1, 1)
+    assert region.area_px == 1
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import time
 from abc import abstractmethod
 from pathlib import Path
 
-from dapo_edge.errors import SourceError
+from dapo_edge.errors import FrameError, SourceError
 from dapo_edge.runtime.sources.base import Properties, Source
 from dapo_edge.runtime.sources.pictures import read_image
 from dapo_edge.runtime.sources.uri import check_path, options, path_of, uri_of
@@ -45,7 +45,11 @@ class StillSource(Source):
             return None
         index, self._next = self._next, self._next + 1
         path = self._paths[index]
-        return Frame(read_image(path), index, time.time_ns(), uri_of("image", path))
+        uri = uri_of("image", path)
+        try:
+            return Frame(read_image(path), index, time.time_ns(), uri)
+        except FrameError as error:
+            raise error.at(index, uri) from error.__cause__
 
     def _close(self) -> None:
         self._paths = []

@@ -114,7 +114,8 @@ class VideoSource(Source):
 
     def _fail_one(self) -> Frame | None:
         index, self._index, self._lost = self._index, self._index + 1, self._lost - 1
-        raise FrameError(f"frame {index} of the video '{self.uri}' is damaged", "Record or copy the file again")
+        error = FrameError(f"frame {index} of the video '{self.uri}' is damaged", "Record or copy the file again")
+        raise error.at(index, self.uri)
 
     def _position_ns(self, index: int) -> int:
         """The time of the frame just decoded within the file, in nanoseconds."""
