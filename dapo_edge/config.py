@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from dapo_edge.errors import RecipeError, did_you_mean
 from dapo_edge.kernels.map_spec import MapSize, ScoreRule
+from dapo_edge.structures import NORMAL
 
 Precision = Literal["fp32", "fp16"]
 MAX_MAP_SIDE_PX = 16384
@@ -86,8 +87,8 @@ class Prompts(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"defect names must differ; given twice: {', '.join(twice)}")
-        if "normal" in names:
-            raise ValueError("'normal' is the name of the bank's first row; call the defect something else")
+        if NORMAL in names:
+            raise ValueError(f"'{NORMAL}' is the name of the bank's first row; call the defect something else")
         return defects
 
 

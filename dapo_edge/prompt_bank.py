@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dapo_edge.errors import PackageDamaged, PackageIncompatible
+from dapo_edge.structures import NORMAL
 
-NORMAL = "normal"
 _UNIT_TOLERANCE = 1e-3
 _FORMAT = "dapo-edge prompt bank 1"
 

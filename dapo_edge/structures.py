@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+NORMAL = "normal"  # name of row 0 of every bank, map and truth
 MIN_SIDE_PX = 16  # below this no patch of any encoder is filled: a thumbnail or a damaged header
 MAX_PIXELS = 100_000_000  # 300 MB as BGR; above, one picture could take the memory of a whole device
 
@@ -21,7 +22,7 @@ class Truth:
     """What is really on a frame; only generated frames know it."""
 
     types: NDArray[np.uint8]  # [H, W], index into `names`
-    names: tuple[str, ...]  # row 0 is "good", then the defect types
+    names: tuple[str, ...]  # row 0 is NORMAL, then the defect types
 
     @property
     def mask(self) -> NDArray[np.bool_]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -19,6 +20,8 @@ from dapo_edge.errors import BackendError, RecipeError
 from dapo_edge.extras import require
 from dapo_edge.package import EnginePackage
 from dapo_edge.prompt_bank import PromptBank
+
+MAX_CACHE_BYTES = 8 << 30  # room for several full-size models
 
 log = logging.getLogger(__name__)
 
@@ -173,12 +176,24 @@ def _cache_property() -> dict[str, str]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
+            _prune(folder)
             return {"CACHE_DIR": str(folder)}
         reason = "not writable"
     except OSError as error:
         reason = error.strerror or str(error)
     log.warning("no model cache in '%s' (%s): every start compiles anew; set DAPO_EDGE_CACHE", folder, reason)
     return {}
+
+
+def _prune(folder: Path) -> None:
+    """Remove the oldest compiled models beyond the cache's size; another process may do the same at the same time."""
+    with contextlib.suppress(OSError):
+        blobs = sorted(folder.glob("*.blob"), key=lambda path: path.stat().st_mtime, reverse=True)
+        total = 0
+        for blob in blobs:
+            total += blob.stat().st_size
+            if total > MAX_CACHE_BYTES:
+                blob.unlink()
 
 
 def _first_line(error: Exception) -> str:

@@ -19,7 +19,7 @@ from dapo_edge.data.flaws import DEFECTS, LIGHT_FROM
 from dapo_edge.data.materials import MATERIALS
 from dapo_edge.data.surfaces import Picture, check_world, draw_surface, light_gradient, stream
 from dapo_edge.errors import RecipeError
-from dapo_edge.structures import Truth
+from dapo_edge.structures import NORMAL, Truth
 
 MIN_BELT_SIDE_PX = 64  # its parts are then just large enough for a surface
 CROSSING_S = 4.0  # seconds that a part takes through the camera's view
@@ -65,7 +65,7 @@ class Belt:
             raise RecipeError(f"a belt can't run at {fps} frames per second", "Use a number above 0")
         self.size = size
         self.fps = fps
-        self.names = ("good", *defects)
+        self.names = (NORMAL, *defects)
         self._seed = seed
         self._materials = tuple(materials)
         self._defects = tuple(defects)

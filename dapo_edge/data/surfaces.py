@@ -18,7 +18,7 @@ from dapo_edge.data.brushes import Image, Plane, Shape, cv2, shape_of, softened,
 from dapo_edge.data.flaws import DEFECTS
 from dapo_edge.data.materials import MATERIALS, draw_material
 from dapo_edge.errors import RecipeError
-from dapo_edge.structures import Truth
+from dapo_edge.structures import NORMAL, Truth
 
 MIN_SIDE_PX = 32
 # A change of this many grey levels in one channel stands out from texture and noise.
@@ -50,7 +50,7 @@ class Picture:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Row 0 is "good", then the defect types that were asked for, in that order."""
+        """Row 0 is "normal", then the defect types that were asked for, in that order."""
         return self.truth.names
 
     @property
@@ -128,7 +128,7 @@ def draw_surface(
             altered = np.clip(altered, 0, 255, out=altered)
             types[_visible(image, altered, soft)] = kind + 1
             image = altered
-    return Drawing(image, Truth(types, ("good", *defects)), material)
+    return Drawing(image, Truth(types, (NORMAL, *defects)), material)
 
 
 def _visible(before: Image, after: Image, soft: Plane) -> NDArray[np.bool_]:

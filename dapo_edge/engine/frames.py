@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from dapo_edge.backends.base import View
@@ -11,24 +12,36 @@ from dapo_edge.errors import RecipeError
 SYNTHETIC_SIZE = (640, 480)
 
 
-def build_frames(origin: str, count: int, *, good_only: bool, seed: int) -> list[View]:
-    """At most `count` BGR views from a folder, or exactly `count` generated ones. Raises `RecipeError` for none."""
-    if origin != "synthetic":
-        return list(_from_folder(Path(origin), count))
-    from dapo_edge.data.surfaces import make_surface
+@dataclass(frozen=True)
+class BuildFrames:
+    """A known number of BGR views, made or read one at a time: hundreds of camera frames do not fit into memory."""
 
-    good_share = 1.0 if good_only else 0.5
-    return [make_surface(seed + index, SYNTHETIC_SIZE, good_share=good_share).image for index in range(count)]
+    count: int
+    load: Callable[[int], View]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[View]:
+        return (self.load(index) for index in range(self.count))
 
 
-def _from_folder(folder: Path, count: int) -> Iterator[View]:
-    from dapo_edge.runtime.sources import open_source
+def build_frames(origin: str, count: int, *, good_only: bool, seed: int) -> BuildFrames:
+    """At most `count` views spread evenly over a folder, or exactly `count` generated ones.
 
+    Raises `RecipeError` for a folder that is not there and `SourceError` for one without images.
+    """
+    if origin == "synthetic":
+        from dapo_edge.data.surfaces import make_surface
+
+        good_share = 1.0 if good_only else 0.5
+        return BuildFrames(count, lambda index: make_surface(seed + index, SYNTHETIC_SIZE, good_share=good_share).image)
+    from dapo_edge.runtime.sources.pictures import read_image
+    from dapo_edge.runtime.sources.stills import images_in
+
+    folder = Path(origin)
     if not folder.is_dir():
         raise RecipeError(f"the folder of frames '{folder}' does not exist", "Check 'frames' in the recipe")
-    with open_source(folder) as source:
-        for _ in range(count):
-            frame = source.read()
-            if frame is None:
-                return
-            yield frame.image
+    paths = images_in(folder)
+    taken = min(count, len(paths))
+    return BuildFrames(taken, lambda index: read_image(paths[index * len(paths) // taken]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,15 +22,6 @@ FP32_MAX_SCORE_DIFFERENCE = 1e-3
 FP32_MIN_TYPE_AGREEMENT = 0.999
 
 
-@dataclass(frozen=True, eq=False)
-class Expected:
-    """What eager torch says about one view."""
-
-    tokens: NDArray[np.float32]  # [1, L, N, D]
-    embedding: NDArray[np.float32]  # [1, D]
-    maps: MapBatch
-
-
 @dataclass(frozen=True)
 class Drift:
     """Largest or mean differences from eager over all gate frames."""
@@ -47,42 +38,54 @@ class Drift:
 
 
 def measure_drift(
-    backend: Backend,
-    expected: Sequence[Expected],
-    views: Sequence[View],
+    reference: Backend,
+    backends: Mapping[str, Backend],
+    views: Iterable[View],
     thresholds: Thresholds,
     on_frame: Callable[[], None] = lambda: None,
-) -> Drift:
-    """Run `backend` over `views` and compare with what eager says of each."""
-    rows = []
-    for view, reference in zip(views, expected, strict=True):
-        tokens, embedding = backend.encode([view])
-        got = backend.infer([view])
-        difference = np.abs(got.anomaly - reference.maps.anomaly)
-        rows.append(
-            (
-                _lowest_cosine(tokens, reference.tokens),
-                _lowest_cosine(embedding, reference.embedding),
-                difference.max(),
-                difference.mean(),
-                (got.types == reference.maps.types).mean(),
-                np.abs(got.image_scores - reference.maps.image_scores).max(),
-                _verdict(got, thresholds) != _verdict(reference.maps, thresholds),
-                got.stage_ms["encode"],
+) -> tuple[dict[str, Drift], float]:
+    """Compare each backend with the reference, view by view.
+
+    Returns the drift of each, and the reference encoder's median milliseconds.
+    """
+    rows: dict[str, list[tuple[float, ...]]] = {name: [] for name in backends}
+    reference_ms = []
+    for view in views:
+        tokens, embedding = reference.encode([view])
+        expected = reference.infer([view])
+        reference_ms.append(expected.stage_ms["encode"])
+        for name, backend in backends.items():
+            got_tokens, got_embedding = backend.encode([view])
+            got = backend.infer([view])
+            difference = np.abs(got.anomaly - expected.anomaly)
+            rows[name].append(
+                (
+                    _lowest_cosine(got_tokens, tokens),
+                    _lowest_cosine(got_embedding, embedding),
+                    difference.max(),
+                    difference.mean(),
+                    (got.types == expected.types).mean(),
+                    np.abs(got.image_scores - expected.image_scores).max(),
+                    _verdict(got, thresholds) != _verdict(expected, thresholds),
+                    got.stage_ms["encode"],
+                )
             )
-        )
         on_frame()
+    drifts = {name: _summary(backends[name].precision, rows[name], thresholds) for name in backends}
+    return drifts, float(np.median(reference_ms))
+
+
+def _summary(precision: str, rows: list[tuple[float, ...]], thresholds: Thresholds) -> Drift:
     table = np.asarray(rows, np.float64)
-    calibrated = thresholds.image is not None
     return Drift(
-        runs_as=backend.precision,
+        runs_as=precision,
         token_cosine_min=float(table[:, 0].min()),
         embedding_cosine_min=float(table[:, 1].min()),
         map_difference_max=float(table[:, 2].max()),
         map_difference_mean=float(table[:, 3].mean()),
         type_agreement=float(table[:, 4].mean()),
         score_difference_max=float(table[:, 5].max()),
-        flips=float(table[:, 6].mean()) if calibrated else None,
+        flips=None if thresholds.image is None else float(table[:, 6].mean()),
         encode_ms=float(np.median(table[:, 7])),
     )
 

@@ -20,7 +20,8 @@ from dapo_edge.errors import RecipeError
 from dapo_edge.models import checkpoints
 from dapo_edge.models.clip import Clip, ImageEncoder
 from dapo_edge.models.prompts import HybridPrompts, Readout
-from dapo_edge.prompt_bank import NORMAL, PromptBank
+from dapo_edge.prompt_bank import PromptBank
+from dapo_edge.structures import NORMAL
 
 
 class DapoOptions(Section):

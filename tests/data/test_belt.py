@@ -91,7 +91,7 @@ def test_noise_changes_from_frame_to_frame():
 def test_truth_names_follow_the_defects_asked_for():
     belt = small(defects=("hole",), materials=("plastic",), good_share=0)
     frames = [belt.frame(index) for index in range(0, 100, 10)]
-    assert all(frame.names == ("good", "hole") for frame in frames)
+    assert all(frame.names == ("normal", "hole") for frame in frames)
     assert {name for frame in frames for name in frame.defects} == {"hole"}
 
 

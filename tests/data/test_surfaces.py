@@ -105,7 +105,7 @@ def test_types_are_bound_by_name():
     seen = set()
     for seed in range(30):
         surface = make_surface(seed, defects=("burn", "scratch"), good_share=0)
-        assert surface.names == ("good", "burn", "scratch")
+        assert surface.names == ("normal", "burn", "scratch")
         (kind,) = set(np.unique(surface.types)) - {0}
         assert surface.defects == (surface.names[kind],)
         assert surface.names[kind] in surface.caption

@@ -69,16 +69,21 @@ class FolderSource(StillSource):
     """`dir:///path`: the images directly inside a folder, as they are when it is opened. Hidden files are left out."""
 
     def _find(self, path: Path) -> list[Path]:
-        check_path(path, "folder")
-        try:
-            names = [entry.name for entry in path.iterdir()]
-        except NotADirectoryError as error:
-            raise SourceError(f"'{path}' is a file, not a folder", f"Open it as {uri_of('image', path)}") from error
-        except OSError as error:
-            cause = f"the folder '{path}' can't be read ({error.strerror})"
-            raise SourceError(cause, "Check its permissions") from error
-        images = [n for n in names if Path(n).suffix.lower() in IMAGE_EXTENSIONS and not n.startswith(".")]
-        if not images:
-            cause = f"the folder '{path}' holds no image" + (f" among its {len(names)} entries" if names else "")
-            raise SourceError(cause, f"Put images directly into it; known extensions: {' '.join(IMAGE_EXTENSIONS)}")
-        return [path / name for name in sorted(images, key=natural_key)]
+        return images_in(path)
+
+
+def images_in(path: Path) -> list[Path]:
+    """The images directly inside a folder, in natural order. Raises `SourceError` when there is none."""
+    check_path(path, "folder")
+    try:
+        names = [entry.name for entry in path.iterdir()]
+    except NotADirectoryError as error:
+        raise SourceError(f"'{path}' is a file, not a folder", f"Open it as {uri_of('image', path)}") from error
+    except OSError as error:
+        cause = f"the folder '{path}' can't be read ({error.strerror})"
+        raise SourceError(cause, "Check its permissions") from error
+    images = [n for n in names if Path(n).suffix.lower() in IMAGE_EXTENSIONS and not n.startswith(".")]
+    if not images:
+        cause = f"the folder '{path}' holds no image" + (f" among its {len(names)} entries" if names else "")
+        raise SourceError(cause, f"Put images directly into it; known extensions: {' '.join(IMAGE_EXTENSIONS)}")
+    return [path / name for name in sorted(images, key=natural_key)]
