@@ -19,7 +19,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	$(BIN)/python benchmarks/spine.py
+	$(BIN)/python benchmarks/spine.py --full-size
 
 $(READY): setup.py constraints.txt
 	$(PYTHON) -m venv .venv
