@@ -3,28 +3,40 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from dapo_edge import __version__
-from dapo_edge.errors import DapoEdgeError, OutputError, RecipeError
+from dapo_edge.errors import DapoEdgeError, OutputError, RecipeError, SourceError
 from dapo_edge.extras import named_extras
+from dapo_edge.terminal import (
+    ReaderGone,
+    fail,
+    interrupt,
+    prepare_streams,
+    print_json,
+    print_rich,
+    print_text,
+    progress_bar,
+    say,
+    stop_on_signals,
+)
 
 if TYPE_CHECKING:
     from dapo_edge.runtime.pipeline import Outcome, Statistics
     from dapo_edge.runtime.sources import Source
 
 EXIT_INTERRUPTED = 130
-EXIT_FRAMES_FAILED = 5
 
+PACKAGE_PATH = click.Path(path_type=Path, readable=False)  # opening it says better what is wrong
 as_json = click.option("--json", "json_output", is_flag=True, help="Print JSON to stdout.")
 backend_option = click.option("--backend", default="openvino", show_default=True, help="Engine that runs the package.")
 precision_option = click.option(
@@ -34,29 +46,38 @@ precision_option = click.option(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with the documented code."""
+    prepare_streams()
+    with contextlib.suppress(ValueError):  # not in the main thread: whoever owns it decides
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     code = 1
     try:
         with named_extras():
             code = commands.main(args=arguments, prog_name="dapo-edge", standalone_mode=False) or 0
     except DapoEdgeError as error:
-        _say(f"error: {error}")
+        fail(str(error))
         code = error.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        say(error.format_message())
+        code = 2
     except click.UsageError as error:
-        _say(f"error: {error.format_message()} See: {error.ctx.command_path if error.ctx else 'dapo-edge'} --help")
+        fail(f"{error.format_message()} See: {error.ctx.command_path if error.ctx else 'dapo-edge'} --help")
         code = 2
     except (KeyboardInterrupt, click.Abort):
-        _say("interrupted")
+        say("interrupted")
         code = EXIT_INTERRUPTED
-    except BrokenPipeError:
-        _forget_stdout()  # the reader went away, e.g. `| head`: that is its good right
-        code = 0
+    except ReaderGone:
+        code = 0  # e.g. `| head`: that is its good right
     except MemoryError:
-        _say("error: out of memory. Use a smaller model, a smaller map or smaller frames.")
+        fail("out of memory. Use a smaller model, a smaller map or smaller frames.")
+    except OSError as error:
+        place = f" '{error.filename}'" if error.filename else ""
+        fail(f"the system refused{place} ({error.strerror or error}). Check the path, its permissions and the disk.")
     except Exception as error:
         if os.environ.get("DAPO_EDGE_DEBUG"):
             traceback.print_exc()
-        _say(
-            f"error: unexpected {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}. "
+        first = str(error).splitlines()[0] if str(error) else ""
+        fail(
+            f"unexpected {type(error).__name__}: {first}. "
             "This is a fault of dapo-edge; set DAPO_EDGE_DEBUG=1 for the whole trace and report it."
         )
     sys.exit(code)
@@ -69,7 +90,7 @@ def commands() -> None:
 
 
 @commands.command()
-@click.argument("recipe", required=False, type=click.Path(path_type=Path))
+@click.argument("recipe", required=False, type=PACKAGE_PATH)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Package to write [engines/<name>.dapo].")
 @click.option("--schema", is_flag=True, help="Print the recipe's JSON schema and end.")
 @click.option("--print-demo-recipe", is_flag=True, help="Print the demo recipe and end.")
@@ -79,25 +100,25 @@ def build(recipe: Path | None, output: Path | None, schema: bool, print_demo_rec
     from dapo_edge.config import load_recipe, recipe_schema
 
     if schema:
-        click.echo(recipe_schema())
+        print_text(recipe_schema())
         return
     if print_demo_recipe:
-        click.echo(_demo_recipe_path().read_text(encoding="utf-8"), nl=False)
+        print_text(_demo_recipe_path().read_text(encoding="utf-8").rstrip())
         return
     if recipe is None:
         raise RecipeError("no recipe given", "Name a YAML file; start from: dapo-edge build --print-demo-recipe")
     package = _build_with_progress(load_recipe(recipe), output)
     if json_output:
-        _print_json({"package": str(package.path), "digest": package.digest, "report": package.report()})
-    _say(f"built {package.path}")
+        print_json({"package": str(package.path), "digest": package.digest, "report": package.report()})
+    say(f"built {package.path}")
 
 
 @commands.command()
-@click.argument("package", type=click.Path(path_type=Path))
+@click.argument("package", type=PACKAGE_PATH)
 @click.argument("sources", nargs=-1, required=True)
 @click.option("--frames", type=click.IntRange(min=1), help="Inspect at most this many frames of each source.")
 @click.option("--out", type=click.Path(path_type=Path), help="Save overlays: a folder for PNG, or a file .mp4.")
-@click.option("--map-size", help="model, frame, or WIDTHxHEIGHT [as the package says].")
+@click.option("--map-size", help="model, frame, or WIDTHxHEIGHT; thresholds were made at the package's own size.")
 @backend_option
 @precision_option
 @as_json
@@ -118,13 +139,15 @@ def run(
 
     size = _parse_map_size(map_size)
     opened = [open_source(source) for source in sources]
-    with contextlib.ExitStack() as stack:
-        first = stack.enter_context(opened[0])  # a source that is not there shows before the engine is loaded
-        recorder = stack.enter_context(_recorder(out, first.properties.fps)) if out else None
+    if out:
+        _protect_sources(out, sources)
+    with stop_on_signals(lambda: _close(opened)) as received, contextlib.ExitStack() as stack:
+        for source in opened:
+            stack.enter_context(source)  # one that is not there shows before the engine is loaded
+        recorder = stack.enter_context(_recorder(out, opened[0].properties.fps)) if out else None
         inspector = stack.enter_context(Inspector(package, backend=backend, precision=precision, map_size=size))
-        stopped = stack.enter_context(_stop_on_sigterm(lambda: _close(opened)))
         statistics = Statistics()
-        stream = inspect_stream(inspector, opened, statistics, limit=frames, stopped=lambda: bool(stopped))
+        stream = inspect_stream(inspector, opened, statistics, limit=frames, stopped=lambda: bool(received))
         try:
             for outcome in stream:
                 _print_outcome(outcome, json_output)
@@ -134,12 +157,17 @@ def run(
                     recorder.write(draw(outcome.frame, outcome.inspection), outcome.frame)
         finally:
             _print_summary(statistics, inspector, json_output)
+    if signal.SIGINT in received:
+        raise KeyboardInterrupt
     if statistics.failed:
-        sys.exit(EXIT_FRAMES_FAILED)
+        raise SourceError(
+            f"{statistics.failed} of {statistics.captured} frames could not be used",
+            "See the lines with an error; all other frames were inspected",
+        )
 
 
 @commands.command()
-@click.argument("package", type=click.Path(path_type=Path))
+@click.argument("package", type=PACKAGE_PATH)
 @as_json
 def show(package: Path, json_output: bool) -> None:
     """Show what PACKAGE holds, after verifying every file."""
@@ -156,15 +184,15 @@ def show(package: Path, json_output: bool) -> None:
         "report": opened.report(),
     }
     if json_output:
-        _print_json(content)
+        print_json(content)
         return
     from dapo_edge.tables import package_table
 
-    _print_rich(package_table(content))
+    print_rich(package_table(content))
 
 
 @commands.command()
-@click.argument("package", required=False, type=click.Path(path_type=Path))
+@click.argument("package", required=False, type=PACKAGE_PATH)
 @as_json
 def doctor(package: Path | None, json_output: bool) -> None:
     """Say what this machine can do, and whether PACKAGE runs here."""
@@ -172,21 +200,21 @@ def doctor(package: Path | None, json_output: bool) -> None:
 
     diagnosis = diagnose(package)
     if json_output:
-        _print_json(diagnosis.as_json())
+        print_json(diagnosis.as_json())
     else:
         from dapo_edge.tables import doctor_table
 
-        _print_rich(doctor_table(diagnosis))
+        print_rich(doctor_table(diagnosis))
     if diagnosis.problem:
         raise diagnosis.problem
 
 
 @commands.command()
-@click.argument("package", type=click.Path(path_type=Path))
+@click.argument("package", type=PACKAGE_PATH)
 @click.option("--source", default="synthetic://1920x1080@30", show_default=True, help="Frames to time.")
 @click.option("--frames", default=200, show_default=True, type=click.IntRange(min=1))
 @click.option("--warmup", default=20, show_default=True, type=click.IntRange(min=0))
-@click.option("--map-size", help="model, frame, or WIDTHxHEIGHT [as the package says].")
+@click.option("--map-size", help="model, frame, or WIDTHxHEIGHT; thresholds were made at the package's own size.")
 @backend_option
 @precision_option
 @as_json
@@ -207,7 +235,7 @@ def bench(
     size = _parse_map_size(map_size)
     with (
         Inspector(package, backend=backend, precision=precision, map_size=size) as inspector,
-        _progress_bar() as progress,
+        progress_bar() as progress,
     ):
         result = measure(
             inspector,
@@ -217,11 +245,11 @@ def bench(
             on_frame=lambda done, of: progress("timing frames", done, of),
         )
     if json_output:
-        _print_json(result)
+        print_json(result)
         return
     from dapo_edge.tables import bench_table
 
-    _print_rich(bench_table(result))
+    print_rich(bench_table(result))
 
 
 @commands.command()
@@ -234,16 +262,16 @@ def demo(engines: Path, frames: int, json_output: bool) -> None:
     from dapo_edge.demo import inspect_belt
 
     package = _build_with_progress(load_recipe(_demo_recipe_path()), engines / "surface-tiny.dapo")
-    with _progress_bar() as progress:
+    with progress_bar() as progress:
         result = inspect_belt(
             package, engines / "surface-tiny-demo", frames, lambda done, of: progress("inspecting the belt", done, of)
         )
     if json_output:
-        _print_json(result)
+        print_json(result)
         return
     from dapo_edge.tables import demo_table
 
-    _print_rich(demo_table(result))
+    print_rich(demo_table(result))
 
 
 def _demo_recipe_path() -> Path:
@@ -253,12 +281,17 @@ def _demo_recipe_path() -> Path:
 def _build_with_progress(recipe: Any, output: Path | None) -> Any:
     from dapo_edge.engine.build import build as build_package
 
-    with _progress_bar() as progress, _stop_on_sigterm(_interrupt):
-        package = build_package(recipe, output, progress)
+    with progress_bar() as progress, stop_on_signals(interrupt) as received:
+        try:
+            package = build_package(recipe, output, progress)
+        except Exception:
+            if received:  # an interrupt in the middle of an import comes out as an import error
+                raise KeyboardInterrupt from None
+            raise
     if not package.manifest.tuned:
-        _say("note: the prompts are not tuned, so the maps follow the backbone alone ('prompts.tuned' in the recipe)")
+        say("note: the prompts are not tuned, so the maps follow the backbone alone ('prompts.tuned' in the recipe)")
     if package.manifest.weights.startswith("seeded"):
-        _say("note: the backbone has seeded weights, so the maps mean nothing yet ('backbone.pretrained')")
+        say("note: the backbone has seeded weights, so the maps mean nothing yet ('backbone.pretrained')")
     return package
 
 
@@ -267,23 +300,36 @@ def _close(sources: Sequence[Source]) -> None:
         source.close()  # also wakes one that waits for its next frame
 
 
-def _interrupt() -> None:
-    raise KeyboardInterrupt
-
-
 def _parse_map_size(text: str | None) -> Any:
-    if text in (None, "model", "frame"):
-        return text
-    from dapo_edge.config import MAX_MAP_SIDE_PX
+    if text is None:
+        return None
+    from dapo_edge.kernels.map_spec import check_map_size
 
-    width, _, height = str(text).lower().partition("x")
-    if not (width.isdigit() and height.isdigit()) or not all(
-        1 <= int(side) <= MAX_MAP_SIDE_PX for side in (width, height)
-    ):
-        raise RecipeError(
-            f"'{text}' is not a map size", f"Use model, frame or WIDTHxHEIGHT with sides up to {MAX_MAP_SIDE_PX}"
-        )
-    return int(width), int(height)
+    match = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", text.lower())
+    size = (int(match[1]), int(match[2])) if match else text
+    check_map_size(size)
+    return size
+
+
+def _protect_sources(out: Path, sources: Sequence[str]) -> None:
+    """Refuse to write where is read: overlays would replace the pictures that they were made of."""
+    from dapo_edge.runtime.sources.stills import IMAGE_EXTENSIONS
+    from dapo_edge.runtime.sources.uri import path_of, split
+
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", str(out)):  # a path has one slash of the URI's two already
+        raise OutputError(f"'{out}' is not a path", "Name a folder, or a file that ends in .mp4")
+    target = out.resolve()
+    is_video = target.suffix.lower() == ".mp4"
+    written = target.parent if target.suffix else target
+    for source in sources:
+        address = split(source)
+        if address is not None and address.scheme not in ("dir", "file", "image"):
+            continue
+        read = (Path(source) if address is None else path_of(address.body)).resolve()
+        is_pictures = read.is_dir() or read.suffix.lower() in IMAGE_EXTENSIONS
+        pictures = read if read.is_dir() else read.parent
+        if target == read or (is_pictures and not is_video and written == pictures):
+            raise OutputError(f"'{out}' is where the source '{source}' lies", "Save overlays to another folder")
 
 
 def _recorder(out: Path, fps: float | None) -> Any:
@@ -292,62 +338,13 @@ def _recorder(out: Path, fps: float | None) -> Any:
     return Recorder(out, fps=fps or 25.0)
 
 
-@contextlib.contextmanager
-def _stop_on_sigterm(then: Callable[[], object]) -> Iterator[list[int]]:
-    """Collect SIGTERM in a list, so that the work in hand is finished, and call `then`, e.g. to end a wait."""
-    received: list[int] = []
-
-    def on_signal(number: int, frame: object) -> None:
-        received.append(number)
-        then()
-
-    before = signal.signal(signal.SIGTERM, on_signal)
-    try:
-        yield received
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
-def _progress_bar() -> Iterator[Any]:
-    """A bar on a terminal; plain lines, one per step, where stderr is a file."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        seen: list[str] = []
-
-        def line(step: str, done: int, of: int) -> None:
-            if not seen or seen[-1] != step:
-                seen.append(step)
-                _say(step)
-
-        yield line
-        return
-    columns = (TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bar:
-        tasks: dict[str, Any] = {}
-
-        def update(step: str, done: int, of: int) -> None:
-            if step not in tasks:
-                for task in tasks.values():
-                    bar.update(task, completed=bar.tasks[task].total)
-                tasks[step] = bar.add_task(step, total=of)
-            bar.update(tasks[step], completed=done, total=of)
-
-        yield update
-        for task in tasks.values():
-            bar.update(task, completed=bar.tasks[task].total)
-
-
 def _print_outcome(outcome: Outcome, json_output: bool) -> None:
     from dapo_edge.outputs.events import frame_json, frame_text
 
     if json_output:
-        _print_json(frame_json(outcome), indent=None)
+        print_json(frame_json(outcome), indent=None)
     else:
-        _say(frame_text(outcome))
+        say(frame_text(outcome))
 
 
 def _print_summary(statistics: Statistics, inspector: Any, json_output: bool) -> None:
@@ -359,38 +356,11 @@ def _print_summary(statistics: Statistics, inspector: Any, json_output: bool) ->
         "device": backend.device,
     }
     if json_output:
-        _print_json({"summary": summary}, indent=None)
+        print_json({"summary": summary}, indent=None)
     else:
         counts = ", ".join(f"{summary[name]} {name}" for name in ("captured", "inspected", "dropped", "failed"))
         verdicts = ", ".join(f"{count} {verdict}" for verdict, count in statistics.verdicts.items())
-        _say(f"{counts}; {verdicts}; {summary['fps']} frames/s on {backend.device}, {backend.precision}")
-
-
-def _print_json(content: Any, indent: int | None = 2) -> None:
-    try:
-        sys.stdout.write(json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        _forget_stdout()
-        raise OutputError.refused("stdout", error) from error
-
-
-def _forget_stdout() -> None:
-    """What stdout still holds can't be written; without this Python would try once more at exit, and complain."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _print_rich(renderable: Any) -> None:
-    from rich.console import Console
-
-    Console().print(renderable)
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
+        say(f"{counts}; {verdicts}; {summary['fps']} frames/s on {backend.device}, {backend.precision}")
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dapo_edge.errors import RecipeError, did_you_mean
-from dapo_edge.kernels.map_spec import MapSize, ScoreRule
+from dapo_edge.kernels.map_spec import MAX_MAP_SIDE_PX, MapSize, ScoreRule
 from dapo_edge.structures import NORMAL
 
 Precision = Literal["fp32", "fp16"]
-MAX_MAP_SIDE_PX = 16384
+MAX_RECIPE_BYTES = 1_000_000
 MAX_DEFECT_TYPES = 254  # a type map stores a channel index in 8 bits
 
 
@@ -30,7 +30,7 @@ class Backbone(Section):
 
     model: str = Field(description="an open_clip model name, a bundled one (surface-tiny), or a model config (.json)")
     pretrained: str | None = Field(
-        None, description="open_clip's tag of the weights, e.g. openai; null = seeded weights"
+        None, min_length=1, description="open_clip's tag of the weights, e.g. openai; null = seeded weights"
     )
     checkpoint: Path | None = Field(None, description="a local weights file instead of a pretrained tag")
 
@@ -53,6 +53,8 @@ class DefectType(Section):
         text = " ".join(text.split())
         if not text:
             raise ValueError("it holds no word")
+        if not text.isprintable():
+            raise ValueError("it holds characters that can't be printed")
         if "<" in text:  # <end_of_text> and its like are read as tokens, and move the place where the text is read
             raise ValueError("words can't contain '<'")
         return text
@@ -112,7 +114,9 @@ class Map(Section):
 class Thresholds(Section):
     """Where the good parts end. Without frames the package stays uncalibrated and every verdict is 'unsure'."""
 
-    frames: str | None = Field(None, description="folder of good parts, 'synthetic', or null = not calibrated")
+    frames: str | None = Field(
+        None, min_length=1, description="folder of good parts, 'synthetic', or null = not calibrated"
+    )
     count: int = Field(64, ge=8, le=100_000, description="how many frames at most")
     false_reject_rate: float = Field(0.01, gt=0, lt=0.5, description="share of good parts that may be rejected")
 
@@ -120,7 +124,7 @@ class Thresholds(Section):
 class Gate(Section):
     """How far the compiled encoder may be from eager torch before the build fails (exit code 4)."""
 
-    frames: str = Field("synthetic", description="folder of frames, or 'synthetic'")
+    frames: str = Field("synthetic", min_length=1, description="folder of frames, or 'synthetic'")
     count: int = Field(8, ge=1, le=10_000)
     max_map_difference: float = Field(0.02, gt=0, le=1, description="largest difference of any map pixel")
     max_score_difference: float = Field(0.02, gt=0, le=1, description="largest difference of any image score")
@@ -131,7 +135,9 @@ class Recipe(Section):
     """Everything that `dapo-edge build` needs to make an engine package."""
 
     name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the package: letters, digits, . _ -"
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        max_length=100,
+        description="name of the package: letters, digits, . _ -",
     )
     method: str = Field("dapo", description="how prompts and maps are made")
     backbone: Backbone
@@ -141,7 +147,11 @@ class Recipe(Section):
     feature_layers: tuple[int, ...] | None = Field(
         None, description="blocks that are tapped, from 1; null = four evenly"
     )
-    options: dict[str, Any] = Field(default_factory=dict, description="options of the method")
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="options of the method; dapo: groups, context_tokens, text_depth, text_tokens, visual_tokens, "
+        "temperature",
+    )
     prompts: Prompts
     map: Map = Map()
     precision: Precision = Field("fp32", description="fp16 on a CPU means its fastest float type")
@@ -155,6 +165,10 @@ def load_recipe(path: str | Path) -> Recipe:
     """Read a recipe; files that it names are taken relative to its folder. Raises `RecipeError`."""
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():
+            raise RecipeError(f"the recipe '{path}' is not a file", "Give a recipe in YAML")
+        if path.stat().st_size > MAX_RECIPE_BYTES:
+            raise RecipeError(f"the recipe '{path}' is larger than {MAX_RECIPE_BYTES} bytes", "Give a recipe in YAML")
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise RecipeError(f"the recipe '{path}' can't be read ({error.strerror})", "Check the path") from error
@@ -181,12 +195,19 @@ def parse_section(model: type[Section], data: dict[str, Any], origin: str) -> An
     """Check a mapping against any section; `origin` starts the error's text."""
     try:
         # As JSON, strict types still take a list for a tuple and a text for a path.
-        return model.model_validate_json(json.dumps(data, default=str))
+        return model.model_validate_json(_as_json(data, origin))
     except ValidationError as error:
         mistakes = [_describe(model, dict(item)) for item in error.errors(include_url=False)]
         raise RecipeError(
             f"{origin}: {'; '.join(dict.fromkeys(mistakes))}", "See the valid keys: dapo-edge build --schema"
         ) from error
+
+
+def _as_json(data: dict[str, Any], origin: str) -> str:
+    try:
+        return json.dumps(data, default=str)
+    except (ValueError, RecursionError) as error:  # an anchor that contains itself
+        raise RecipeError(f"{origin} contains itself or is nested too deeply", "Write it without anchors") from error
 
 
 def resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
@@ -235,7 +256,7 @@ def _describe(model: type[BaseModel], item: dict[str, Any]) -> str:
         return f"unknown key '{where}' ({hint[0].lower()}{hint[1:]})"
     if item["type"] == "missing":
         return f"the key '{where}' is missing"
-    text = item["msg"].removeprefix("Value error, ")
+    text = item["msg"].removeprefix("Value error, ").replace("tuple", "list")
     return f"'{where}' is {item['input']!r:.60}: {text[0].lower()}{text[1:]}" if where else text
 
 

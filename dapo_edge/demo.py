@@ -19,7 +19,7 @@ from dapo_edge.runtime.inspector import Inspector
 from dapo_edge.runtime.pipeline import Statistics, inspect_stream
 from dapo_edge.runtime.sources import open_source
 
-BELT_FPS = 30
+BELT_FPS = 10  # few, so that many parts pass in a short video
 BELT = f"synthetic://640x480@{BELT_FPS}?seed=7"
 SHEET_PICTURES, SHEET_COLUMNS = 12, 4
 

@@ -19,12 +19,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from dapo_edge.errors import DapoEdgeError, OutputError, PackageDamaged, PackageError, PackageIncompatible
-from dapo_edge.kernels.map_spec import MapSpec
+from dapo_edge.errors import (
+    DapoEdgeError,
+    OutputError,
+    PackageDamaged,
+    PackageError,
+    PackageIncompatible,
+    RecipeError,
+)
+from dapo_edge.kernels.map_spec import MapSize, MapSpec, check_map_size
 from dapo_edge.prompt_bank import PromptBank
 
 FORMAT = 1
@@ -40,7 +47,7 @@ _REBUILD = "Copy the package again from where it was built, or build it again: d
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class FileEntry(_Part):
@@ -58,6 +65,14 @@ class Preprocessing(_Part):
     resize: Literal["pillow-bicubic"]  # Pillow: resize(BICUBIC, reducing_gap=2.0), aspect ratio not kept
 
 
+def _checked_map_size(size: MapSize) -> MapSize:
+    try:
+        check_map_size(size)
+    except RecipeError as error:
+        raise ValueError(error.cause) from error
+    return size
+
+
 class Manifest(_Part):
     """`manifest.json`: what the package is and what belongs to it."""
 
@@ -68,11 +83,11 @@ class Manifest(_Part):
     weights: str  # where the backbone's weights come from
     tuned: bool  # whether prompts and adapters were tuned
     precision: Literal["fp32", "fp16"]
-    batch: int
-    image_size: int
+    batch: int = Field(ge=1)
+    image_size: int = Field(ge=1)
     feature_layers: tuple[int, ...]
-    dimensions: int  # D of patch tokens and bank rows
-    map_size: Literal["model", "frame"] | tuple[int, int]
+    dimensions: int = Field(ge=1)  # D of patch tokens and bank rows
+    map_size: Annotated[MapSize, AfterValidator(_checked_map_size)]
     map: MapSpec
     preprocessing: Preprocessing
     recipe: dict[str, Any]
@@ -133,10 +148,11 @@ class EnginePackage:
             ) from error
         if not is_package:
             raise _not_a_package(path)
-        manifest = _read_manifest(path / MANIFEST)
-        for name, entry in manifest.files.items():
-            _verify(path / name, entry)
-        return cls(path, manifest)
+        try:
+            return cls(path, _verified(path))
+        except PackageDamaged:
+            # A package that is being replaced at this moment looks damaged; the second look meets the new one.
+            return cls(path, _verified(path))
 
     @property
     def encoder_path(self) -> Path:
@@ -156,7 +172,10 @@ class EnginePackage:
 
     def thresholds(self) -> Thresholds:
         """Where the good parts end."""
-        return Thresholds.model_validate(self._json(THRESHOLDS))
+        try:
+            return Thresholds.model_validate(self._json(THRESHOLDS))
+        except ValidationError as error:
+            raise PackageDamaged(f"'{self.path / THRESHOLDS}' holds no thresholds", _REBUILD) from error
 
     def report(self) -> dict[str, Any]:
         """What the accuracy gate measured at build time."""
@@ -169,9 +188,12 @@ class EnginePackage:
 
     def _json(self, name: str) -> dict[str, Any]:
         try:
-            return json.loads((self.path / name).read_bytes())
-        except (OSError, ValueError) as error:
+            content = json.loads((self.path / name).read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
             raise PackageDamaged(f"'{self.path / name}' can't be read any more ({error})", _REBUILD) from error
+        if not isinstance(content, dict):
+            raise PackageDamaged(f"'{self.path / name}' holds no keys", _REBUILD)
+        return content
 
 
 class PackageWriter:
@@ -184,6 +206,10 @@ class PackageWriter:
         with writing_to(self.destination):
             if self.destination.is_symlink():
                 self.destination = self.destination.resolve()
+            if not str(self.destination).isprintable():
+                raise OutputError(f"the name {str(self.destination)!a} can't be printed", "Use another name with -o")
+            if (self.destination.parent / MANIFEST).is_file():
+                raise OutputError(f"'{self.destination}' lies inside another package", "Name another place with -o")
             if self.destination.exists() and not (self.destination / MANIFEST).is_file():
                 raise OutputError(
                     f"'{self.destination}' exists and is not an engine package",
@@ -282,13 +308,20 @@ def writing_to(path: Path) -> Iterator[None]:
         raise OutputError.refused(path, error) from error
 
 
+def _verified(path: Path) -> Manifest:
+    manifest = _read_manifest(path / MANIFEST)
+    for name, entry in manifest.files.items():
+        _verify(path / name, entry)
+    return manifest
+
+
 def _not_a_package(path: Path) -> DapoEdgeError:
     if path.is_file():
         return PackageError(f"'{path}' is a file, an engine package is a folder", "Unpack it first: unzip FILE")
     if path.is_dir():
         return PackageError(f"'{path}' is not an engine package: it has no {MANIFEST}", _REBUILD)
     folder = path.parent if path.parent.is_dir() else Path()
-    there = ", ".join(sorted(str(other) for other in folder.glob(f"*{SUFFIX}"))) or "none here yet"
+    there = ", ".join(sorted(str(other) for other in folder.glob(f"*{SUFFIX}") if other.is_dir())) or "none here yet"
     return PackageError(f"there is no engine package '{path}'", f"Packages in that folder: {there}")
 
 
@@ -296,9 +329,13 @@ def _read_manifest(path: Path) -> Manifest:
     try:
         content = json.loads(path.read_bytes())
         version = content["format"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except PermissionError as error:
+        raise PackageError(f"'{path}' can't be read ({error.strerror})", "Check its permissions") from error
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise PackageDamaged(f"'{path}' can't be read ({type(error).__name__}: {error})", _REBUILD) from error
-    if not isinstance(version, int) or version > FORMAT:
+    if type(version) is not int or version < 1:
+        raise PackageDamaged(f"'{path}' names no package format: {version!r:.40}", _REBUILD)
+    if version > FORMAT:
         raise PackageIncompatible(
             f"'{path.parent}' has package format {version}, this dapo-edge reads up to {FORMAT}",
             "Update dapo-edge: pip install --upgrade dapo-edge",

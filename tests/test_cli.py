@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -81,7 +83,7 @@ def test_bad_frames_are_counted_and_the_run_goes_on(package: EnginePackage, tmp_
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:500])
     (tmp_path / "d.png").touch()
     run = dapo_edge("run", package.path, tmp_path, "--json")
-    assert run.returncode == 5
+    refused(5, "2 of 4 frames could not be used", result=run)
     *lines, last = [json.loads(line) for line in run.stdout.splitlines()]
     assert [("error" in line) for line in lines] == [False, True, False, True]
     assert "d.png" in lines[3]["error"]
@@ -170,7 +172,7 @@ def test_stopping_a_run(package: EnginePackage, number: int, code: int) -> None:
     output, errors = process.communicate(timeout=30)
     assert process.returncode == code, errors
     summary = json.loads(output.splitlines()[-1])["summary"]
-    assert summary["captured"] == summary["inspected"] >= 5
+    assert summary["captured"] == summary["inspected"] >= 5, "the frame in hand is finished"
     assert "Traceback" not in errors
 
 
@@ -185,24 +187,101 @@ def test_sigterm_wakes_a_waiting_source(package: EnginePackage) -> None:
     assert json.loads(output.splitlines()[-1])["summary"]["captured"] == 1
 
 
-def test_stopping_a_build(recipe_file: Path, package_copy: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("step", ["loading", "exporting", "gate"])
+def test_stopping_a_build(recipe_file: Path, package_copy: Path, number: int, step: str) -> None:
     process = start("build", recipe_file, "-o", package_copy)
     assert process.stderr is not None
-    while "exporting" not in process.stderr.readline():
+    while step not in process.stderr.readline():
         time.sleep(0.001)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode == 130
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert errors.splitlines()[-1] == "interrupted"
     assert EnginePackage.open(package_copy).manifest.name == "tiny"
     assert [path.name for path in package_copy.parent.iterdir()] == [package_copy.name]
 
 
 def test_a_reader_that_goes_away(package: EnginePackage) -> None:
-    command = f"{' '.join(RUN)} run {package.path} synthetic://64x64@30 --frames 400 --json | head -n 1"
-    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    command = (
+        f"set -o pipefail; {' '.join(RUN)} run {package.path} synthetic://64x64@30 --frames 400 --json | head -n 1"
+    )
+    result = subprocess.run(["bash", "-c", command], capture_output=True, encoding="utf-8", timeout=60, check=False)
     assert json.loads(result.stdout)["index"] == 0
-    assert "Traceback" not in result.stderr
+    assert result.returncode == 0
     assert "error" not in result.stderr
+
+
+def test_closed_streams_do_not_stop_the_line(package: EnginePackage, tmp_path: Path) -> None:
+    for closed in (">&-", "2>&-", ">&- 2>&-"):
+        command = f"{' '.join(RUN)} run {package.path} 'synthetic://64x64@30?frames=2' --json --out {tmp_path} {closed}"
+        assert subprocess.run(["bash", "-c", command], capture_output=True, timeout=60, check=False).returncode == 0
+
+
+def test_output_is_utf8_whatever_the_locale_says(package: EnginePackage, tmp_path: Path) -> None:
+    odd = bytes(tmp_path) + b"/teil-\xff-\xc3\xbc.png"
+    Path(os.fsdecode(odd)).write_bytes(encoded_picture())
+    environment = {**os.environ, "LANG": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    result = subprocess.run(
+        [*map(str.encode, RUN), b"run", bytes(package.path), odd, b"--json"],
+        capture_output=True, check=False, timeout=60, env=environment,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    line = json.loads(result.stdout.decode("utf-8").splitlines()[0])
+    assert "ü" in line["source"]
+
+
+def encoded_picture() -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def test_overlays_never_replace_what_they_are_made_of(package: EnginePackage, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(encoded_picture())
+    (tmp_path / "a-000000.png").write_bytes(encoded_picture())
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    cases = [(tmp_path, tmp_path), (f"dir://{tmp_path}", tmp_path), (tmp_path / "a.png", tmp_path)]
+    for source, out in [*cases, (tmp_path / "a.png", tmp_path / "a.png")]:
+        refused(1, "is where the source", result=dapo_edge("run", package.path, source, "--out", out))
+    refused(1, "not a path", result=dapo_edge("run", package.path, tmp_path, "--out", "rtsp://u:secret@cam/1"))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert dapo_edge("run", package.path, tmp_path, "--out", tmp_path / "overlays").returncode == 0
+
+
+def test_a_broken_source_does_not_keep_the_others_waiting(package: EnginePackage, tmp_path: Path) -> None:
+    import cv2
+
+    writer = cv2.VideoWriter(str(tmp_path / "cut.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 10, (64, 64))
+    for _ in range(40):
+        writer.write(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    writer.release()
+    whole = (tmp_path / "cut.avi").read_bytes()
+    (tmp_path / "cut.avi").write_bytes(whole[: len(whole) // 2])
+    run = dapo_edge("run", package.path, tmp_path / "cut.avi", "synthetic://64x64?frames=3", "--json")
+    refused(5, "breaks off", result=run)
+    sources = [json.loads(line).get("source", "") for line in run.stdout.splitlines()]
+    assert sum(source.startswith("synthetic") for source in sources) == 3
+
+
+def test_passwords_are_never_printed(package: EnginePackage, tmp_path: Path) -> None:
+    for arguments in (
+        ["run", package.path, "rtsp://user:geheim@cam/1"],
+        ["run", "rtsp://user:geheim@cam/1", package.path],
+        ["show", "rtsp://user:geheim@cam/1"],
+        ["run", package.path, "file:///v.mp4?password=geheim"],
+        ["run", package.path, "synthetic://64x64?token=geheim"],
+    ):
+        result = dapo_edge(*arguments)
+        assert result.returncode in (3, 5)
+        assert "geheim" not in result.stdout + result.stderr
+        assert result.stderr.count("error:") == 1
+
+
+def test_without_a_command_there_is_help() -> None:
+    result = dapo_edge()
+    assert result.returncode == 2
+    assert result.stderr.startswith("Usage: dapo-edge")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")

@@ -74,6 +74,73 @@ def test_manifest_cannot_reach_outside(package_copy: Path) -> None:
         EnginePackage.open(package_copy)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"format": True},
+        {"format": 0},
+        {"batch": 0},
+        {"image_size": 0},
+        {"map_size": [0, 0]},
+        {"map_size": "big"},
+    ],
+)
+def test_impossible_manifests(package_copy: Path, changes: dict[str, Any]) -> None:
+    rewrite(package_copy, **changes)
+    with pytest.raises(PackageDamaged):
+        EnginePackage.open(package_copy)
+
+
+@pytest.mark.parametrize("changes", [{"image_size": 112}, {"batch": 2}, {"dimensions": 47}, {"feature_layers": [1]}])
+def test_a_manifest_of_another_encoder(package_copy: Path, changes: dict[str, Any]) -> None:
+    from dapo_edge import Inspector
+
+    rewrite(package_copy, **changes)
+    with pytest.raises(PackageDamaged, match=r"its manifest|its encoder"):
+        Inspector(package_copy)
+
+
+def test_an_encoder_that_is_none(package: EnginePackage, tmp_path: Path) -> None:
+    from dapo_edge import Inspector
+
+    with PackageWriter(tmp_path / "x.dapo") as writer:
+        for name in package.manifest.files:
+            writer.write(name, b"no encoder" if name == ENCODER else (package.path / name).read_bytes())
+        writer.commit(package.manifest.model_dump(exclude={"format", "files"}))
+    with pytest.raises(PackageDamaged, match="is not an encoder"):
+        Inspector(tmp_path / "x.dapo")
+
+
+@pytest.mark.parametrize("content", [b"[]", b"nope", b'{"pixel": {"value": NaN}}', b'{"imag": 1}'])
+def test_thresholds_that_are_none(package_copy: Path, content: bytes) -> None:
+    opened = EnginePackage.open(package_copy)
+    (package_copy / THRESHOLDS).write_bytes(content)
+    with pytest.raises(PackageDamaged):
+        opened.thresholds()
+
+
+def test_opening_while_the_package_is_replaced(package: EnginePackage, package_copy: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    def replace(name: str) -> None:
+        with PackageWriter(package_copy) as writer:
+            copied_into(writer, package, name=name)
+
+    def opened(_: int) -> str:
+        return EnginePackage.open(package_copy).manifest.name
+
+    with ThreadPoolExecutor(2) as pool:
+        replaced = pool.submit(lambda: [replace(f"v{index}") for index in range(5)])
+        names = [opened(index) for index in range(60)]
+        replaced.result()
+    assert set(names) <= {"tiny", *(f"v{index}" for index in range(5))}
+
+
+def test_no_package_inside_a_package(package_copy: Path) -> None:
+    with pytest.raises(OutputError, match="inside another package"), PackageWriter(package_copy / "x.dapo"):
+        pass
+
+
 def test_what_is_not_a_package(package: EnginePackage, tmp_path: Path) -> None:
     with pytest.raises(PackageError, match=r"there is no engine package.*tiny\.dapo"):
         EnginePackage.open(package.path.parent / "other.dapo")

@@ -74,7 +74,7 @@ def backend_class(name: str) -> type[Backend]:
     """Look a backend up and import its file. Raises `RecipeError` naming the nearest."""
     if name not in BACKENDS:
         valid = f"Valid backends: {', '.join(sorted(BACKENDS))}"
-        raise RecipeError(f"unknown backend '{name}'", did_you_mean(name, BACKENDS) + valid)
+        raise RecipeError(f"unknown backend '{name}'", did_you_mean(str(name), BACKENDS) + valid)
     module, _, attribute = BACKENDS[name].partition(":")
     return getattr(importlib.import_module(module), attribute)
 

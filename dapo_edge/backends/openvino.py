@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Self
 
+from dapo_edge.backends import model_cache
 from dapo_edge.backends.base import MapBatch, MapSize, View, check_bank, map_pixels
 from dapo_edge.backends.host import make_maps, resize_view
-from dapo_edge.errors import BackendError, RecipeError
+from dapo_edge.device import cpu_name, usable_cores
+from dapo_edge.errors import BackendError, PackageDamaged, RecipeError
 from dapo_edge.extras import require
-from dapo_edge.package import EnginePackage
+from dapo_edge.package import ENCODER, EnginePackage, Manifest
 from dapo_edge.prompt_bank import PromptBank
-
-MAX_CACHE_BYTES = 8 << 30  # room for several full-size models
-
-log = logging.getLogger(__name__)
 
 # What OpenVINO calls a float type, by the names used here; the first that a CPU computes natively is its fast type.
 FAST_TYPES = {"BF16": "bf16", "FP16": "fp16"}
@@ -63,10 +57,24 @@ class OpenVinoBackend:
         properties = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": HINT_OF["fp32" if wanted == "fp32" else _fast_type(core)],
-            **(_cache_property() if cache else {}),
         }
+        key = model_cache.key_of(
+            package.manifest.files[ENCODER].sha256,
+            package.manifest.preprocessing,
+            _shapes_of(package.manifest),
+            properties,
+            ov.__version__,
+            cpu_name(),
+            usable_cores(),
+        )
+        blob = model_cache.load(key) if cache else None
         try:
-            model = core.compile_model(_with_preprocessing(ov, core, package), "CPU", properties)
+            if blob is not None:
+                model = core.import_model(blob, "CPU", properties)
+            else:
+                model = core.compile_model(_with_preprocessing(ov, core, package), "CPU", properties)
+                if cache:
+                    model_cache.store(key, model.export_model().getvalue())
         except RuntimeError as error:
             raise BackendError(
                 f"OpenVINO {ov.__version__} can't compile '{package.encoder_path}' ({_first_line(error)})",
@@ -141,7 +149,15 @@ class OpenVinoBackend:
 def _with_preprocessing(ov: Any, core: Any, package: EnginePackage) -> Any:
     """Put layout, colour order and normalisation into the model: its input becomes uint8 BGR [B, S, S, 3]."""
     manifest = package.manifest
-    model = core.read_model(package.encoder_path)
+    rebuild = "Build the package again: dapo-edge build RECIPE"
+    try:
+        model = core.read_model(package.encoder_path)
+        shapes = [[int(side) for side in port.shape] for port in (*model.inputs, *model.outputs)]
+    except RuntimeError as error:
+        raise PackageDamaged(f"'{package.encoder_path}' is not an encoder ({_first_line(error)})", rebuild) from error
+    expected = _shapes_of(manifest)
+    if shapes != expected:
+        raise PackageDamaged(f"the encoder of '{package.path}' has shapes {shapes}, its manifest {expected}", rebuild)
     steps = ov.preprocess.PrePostProcessor(model)
     layout = ov.preprocess.ColorFormat
     image = steps.input()
@@ -151,6 +167,16 @@ def _with_preprocessing(ov: Any, core: Any, package: EnginePackage) -> Any:
     image.preprocess().mean([255 * value for value in manifest.preprocessing.mean])
     image.preprocess().scale([255 * value for value in manifest.preprocessing.std])
     return steps.build()
+
+
+def _shapes_of(manifest: Manifest) -> list[list[int]]:
+    """Input, patch tokens and image embedding, as the manifest says."""
+    patches = manifest.map.grid[0] * manifest.map.grid[1]
+    return [
+        [manifest.batch, 3, manifest.image_size, manifest.image_size],
+        [manifest.batch, len(manifest.feature_layers), patches, manifest.dimensions],
+        [manifest.batch, manifest.dimensions],
+    ]
 
 
 def _fast_type(core: Any) -> str:
@@ -167,33 +193,6 @@ def _fast_type(core: Any) -> str:
 def _precision_of(model: Any) -> str:
     hint = model.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     return next((name for name, ov_name in HINT_OF.items() if ov_name == hint), hint)
-
-
-def _cache_property() -> dict[str, str]:
-    """Where compiled models are kept between starts: DAPO_EDGE_CACHE, else the user's cache folder."""
-    root = os.environ.get("DAPO_EDGE_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(root) / "dapo-edge" / "openvino"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            _prune(folder)
-            return {"CACHE_DIR": str(folder)}
-        reason = "not writable"
-    except OSError as error:
-        reason = error.strerror or str(error)
-    log.warning("no model cache in '%s' (%s): every start compiles anew; set DAPO_EDGE_CACHE", folder, reason)
-    return {}
-
-
-def _prune(folder: Path) -> None:
-    """Remove the oldest compiled models beyond the cache's size; another process may do the same at the same time."""
-    with contextlib.suppress(OSError):
-        blobs = sorted(folder.glob("*.blob"), key=lambda path: path.stat().st_mtime, reverse=True)
-        total = 0
-        for blob in blobs:
-            total += blob.stat().st_size
-            if total > MAX_CACHE_BYTES:
-                blob.unlink()
 
 
 def _first_line(error: Exception) -> str:

@@ -9,10 +9,15 @@ from dapo_edge.package import Threshold
 
 
 def threshold_at(values: Sequence[float], false_reject_rate: float) -> Threshold:
-    """The lowest value that at most `false_reject_rate` of the good frames exceed; `values` are one per good frame."""
+    """The limit that at most `false_reject_rate` of the good frames exceed; `values` are one per good frame.
+
+    It lies half-way to the next higher value, so that rounding does not decide about the frame that it came from; above
+    the highest value, half of the gap below it further on.
+    """
     falling = sorted(values, reverse=True)
     allowed = math.floor(false_reject_rate * len(falling))
-    value = falling[allowed]
+    gap = falling[allowed - 1] - falling[allowed] if allowed else falling[0] - falling[1]
+    value = falling[allowed] + gap / 2
     above = sum(other > value for other in falling)
     return Threshold(
         value=value, false_reject_rate=above / len(falling), confidence_95=clopper_pearson(above, len(falling))

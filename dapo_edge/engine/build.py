@@ -23,7 +23,7 @@ from dapo_edge.engine import gate
 from dapo_edge.engine.export import export_encoder
 from dapo_edge.engine.frames import build_frames
 from dapo_edge.errors import RecipeError
-from dapo_edge.kernels.map_spec import MapSpec
+from dapo_edge.kernels.map_spec import MapSize, MapSpec
 from dapo_edge.models.clip import load_clip
 from dapo_edge.models.eager import EagerBackend
 from dapo_edge.models.method import Method, method_class
@@ -67,6 +67,7 @@ def build(
     """
     destination = Path(destination or Path("engines") / f"{recipe.name}{SUFFIX}")
     kind = method_class(recipe.method)
+    _check_inputs(recipe)
     with PackageWriter(destination) as writer:
         on_progress("loading the backbone", 0, 1)
         backbone = recipe.backbone
@@ -96,6 +97,16 @@ def build(
         package = writer.commit(_manifest_fields(job))
         on_progress("writing the package", 1, 1)
         return package
+
+
+def _check_inputs(recipe: Recipe) -> None:
+    """Look for every file that the recipe names, before minutes are spent. Raises `RecipeError` or `SourceError`."""
+    for key, path in (("backbone.checkpoint", recipe.backbone.checkpoint), ("prompts.tuned", recipe.prompts.tuned)):
+        if path is not None and not path.is_file():
+            raise RecipeError(f"'{path}' does not exist", f"Check '{key}' in the recipe")
+    for frames in (recipe.thresholds.frames, recipe.gate.frames):
+        if frames is not None:
+            build_frames(frames, 1, good_only=True, seed=0)
 
 
 def _map_spec(recipe: Recipe, method: Method) -> MapSpec:
@@ -143,7 +154,7 @@ def _calibrated(job: _Job, draft: EnginePackage) -> Thresholds:
             "Add more good parts, or set thresholds.frames: null to build without thresholds",
         )
     scores, highest = [], []
-    with _open(draft, job.recipe.precision) as backend:
+    with _open(draft, job.recipe.precision, job.recipe.map.size) as backend:
         for done, view in enumerate(views):
             job.progress("calibrating thresholds", done, len(views))
             batch = backend.infer([view])
@@ -185,10 +196,9 @@ def _passed_gate(job: _Job, draft: EnginePackage, thresholds: Thresholds) -> dic
     }
 
 
-def _open(draft: EnginePackage, precision: str) -> OpenVinoBackend:
-    return OpenVinoBackend.open(
-        draft, map_size="model", precision=precision, cache=False
-    )  # a draft is never seen again
+def _open(draft: EnginePackage, precision: str, map_size: MapSize = "model") -> OpenVinoBackend:
+    """A backend for the draft, whose compiled model is not kept: a draft is never opened again."""
+    return OpenVinoBackend.open(draft, map_size=map_size, precision=precision, cache=False)
 
 
 def _versions() -> dict[str, str]:

@@ -5,10 +5,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from dapo_edge.errors import RecipeError
 from dapo_edge.kernels import resample
 
 ScoreRule = Literal["image", "max", "top"]  # image embedding, highest pixel, mean of the highest 1 %
 MapSize = Literal["model", "frame"] | tuple[int, int]  # the encoder's, the frame's, or (width, height) in px
+
+
+MAX_MAP_SIDE_PX = 16384
+
+
+def check_map_size(size: object) -> None:
+    """Raise `RecipeError` for what is no map size."""
+    if isinstance(size, str) and size in ("model", "frame"):
+        return
+    if (
+        isinstance(size, (tuple, list))
+        and len(size) == 2
+        and all(type(side) is int and 1 <= side <= MAX_MAP_SIDE_PX for side in size)
+    ):
+        return
+    raise RecipeError(
+        f"{size!r:.60} is not a map size",
+        f"Use 'model', 'frame' or (width, height) with sides from 1 to {MAX_MAP_SIDE_PX}",
+    )
 
 
 @dataclass(frozen=True)
@@ -21,6 +41,10 @@ class MapSpec:
     align_corners: bool  # how patch probabilities are upsampled
     smoothing_px: float  # Gaussian sigma at the encoder's image size; scales with the map
     score: ScoreRule
+
+    def __post_init__(self) -> None:
+        if min(self.image_size, *self.grid) < 1 or not 0 < self.temperature < 1e3 or not 0 <= self.smoothing_px < 1e3:
+            raise ValueError(f"impossible numbers: {self}")
 
     def tables(self, size: tuple[int, int]) -> tuple[resample.TapTable, resample.TapTable]:
         """Row and column tables for a map of `size` = (width, height) in px."""

@@ -74,10 +74,10 @@ def read(path: Path) -> Tuned:
         raise RecipeError(f"the tuned file '{path}' does not exist", "Check 'prompts.tuned' in the recipe")
     tuned = _read_released(path) if path.suffix in (".pth", ".pt") else _read_safetensors(path)
     normal, abnormal = tuned.tensors.normal_context.shape, tuned.tensors.abnormal_context.shape
-    if normal != abnormal:
+    if normal != abnormal or len(normal) != 3 or normal[0] < 1:
         raise RecipeError(
             f"'{path}' has normal context {list(normal)} and abnormal context {list(abnormal)}",
-            "Both need the same shape; tune again",
+            "Both need the same shape [groups, tokens, width] with at least one group; tune again",
         )
     for field in fields(DapoTensors):
         if not torch.isfinite(getattr(tuned.tensors, field.name)).all():

@@ -247,13 +247,7 @@ def _register(open_clip: Any, model: str) -> str:
     """Make a bundled or own config known to open_clip; return the name it goes by."""
     path = Path(model) if model.endswith(".json") else BUNDLED_CONFIGS / f"{model}.json"
     if path.is_file():
-        try:
-            json.loads(path.read_text(encoding="utf-8"))["vision_cfg"]
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise RecipeError(
-                f"'{path}' is not an open_clip model config ({type(error).__name__}: {error})",
-                "It needs embed_dim, vision_cfg and text_cfg",
-            ) from error
+        _check_config(path)
         open_clip.add_model_config(path)
         return path.stem
     known = open_clip.list_models()
@@ -266,6 +260,20 @@ def _register(open_clip: Any, model: str) -> str:
             + f"{', '.join(bundled)}, and the path of a model config (.json)",
         )
     return model
+
+
+def _check_config(path: Path) -> None:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        numbers = [config["embed_dim"], *(config["vision_cfg"][key] for key in ("layers", "width", "patch_size"))]
+        numbers += [config["text_cfg"].get(key, 1) for key in ("layers", "width", "heads", "vocab_size")]
+        if not all(type(number) is int and number >= 1 for number in numbers):
+            raise ValueError("its sizes must be whole numbers from 1 on")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+        raise RecipeError(
+            f"'{path}' is not an open_clip model config ({type(error).__name__}: {error})",
+            "It needs embed_dim, vision_cfg with layers, width and patch_size, and text_cfg",
+        ) from error
 
 
 def _create(open_clip: Any, name: str, pretrained: str | None, checkpoint: Path | None) -> Any:
@@ -353,7 +361,7 @@ def _seeded(seed: int) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
     try:
         yield
     finally:

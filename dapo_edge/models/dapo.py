@@ -120,6 +120,11 @@ class Dapo(nn.Module):
         """Encode words into unit rows: one per defect type, after the normal one."""
         phrases = [defect.phrase for defect in defects]
         rows = self.prompts(self.clip, phrases, noun, self.readout)
+        if not torch.isfinite(rows).all():
+            raise RecipeError(
+                "the text vectors of the words are not numbers",
+                "The tuned file or the backbone's weights hold values that are too large",
+            )
         return PromptBank(
             names=(NORMAL, *(defect.name for defect in defects)),
             rows=rows.float().cpu().numpy(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from dapo_edge.outputs.sheet import checked, letterbox
 from dapo_edge.structures import Frame
 
 STILL_EXTENSIONS = (".png", ".jpg", ".jpeg")
+OTHER_IMAGE_EXTENSIONS = (".bmp", ".gif", ".tif", ".tiff", ".webp")
 OTHER_VIDEO_EXTENSIONS = (".avi", ".m4v", ".mkv", ".mov", ".webm")
 MAX_FPS = 1000.0
 MAX_STEM = 48  # letters; of up to 4 bytes each, they leave room in the 255 bytes that file systems allow
@@ -39,6 +41,8 @@ class Recorder:
         extension = self.path.suffix.lower()
         if extension in OTHER_VIDEO_EXTENSIONS:
             raise OutputError(f"videos of kind '{extension}' can't be written", "Use a path that ends in .mp4")
+        if extension in OTHER_IMAGE_EXTENSIONS:
+            raise OutputError(f"pictures of kind '{extension}' can't be written", "Use .png, .jpg, or a folder")
         if not 0 < fps <= MAX_FPS:
             raise OutputError(f"a video can't have {fps} frames per second", f"Use more than 0 and up to {MAX_FPS:g}")
         self._keeper: _Keeper
@@ -60,7 +64,10 @@ class Recorder:
                 raise OutputError(f"'{self.path}' is a folder, not a video", "Use another name")
             self._folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self._folder):
-                return self
+                pass
+            if self._is_video:
+                _remove_unfinished(self.path)
+            return self
         except (OSError, ValueError) as error:
             raise OutputError.refused(self._folder, error) from error
 
@@ -182,6 +189,14 @@ class _Video:
             raise OutputError.refused(self._path, error) from error
         finally:
             self._part.unlink(missing_ok=True)
+
+
+def _remove_unfinished(path: Path) -> None:
+    """Remove what recordings of the same video left behind when they were killed."""
+    for part in path.parent.glob(f".{glob.escape(path.stem)}.*.part.mp4"):
+        owner = part.name.split(".")[-3]
+        if owner.isdecimal() and not Path(f"/proc/{owner}").exists() and Path("/proc/self").exists():
+            part.unlink(missing_ok=True)
 
 
 def _frames_in(cv2: Any, path: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Self
 
-from dapo_edge.backends.base import Backend, MapSize, backend_class
-from dapo_edge.errors import BackendError, FrameError
+from dapo_edge.backends.base import Backend, backend_class
+from dapo_edge.errors import BackendError, FrameError, RecipeError
+from dapo_edge.kernels.map_spec import MapSize, check_map_size
 from dapo_edge.package import EnginePackage, Thresholds
 from dapo_edge.prompt_bank import PromptBank
 from dapo_edge.runtime.decide import decide, find_regions
@@ -20,7 +22,7 @@ from dapo_edge.structures import MAX_PIXELS, MIN_SIDE_PX, DefectMap, Frame, Insp
 
 
 class Inspector:
-    """Inspects frames with an engine package. Use it as a context manager; one thread at a time."""
+    """Inspects frames with an engine package. A context manager; threads that share one wait for each other."""
 
     def __init__(
         self,
@@ -34,8 +36,14 @@ class Inspector:
 
         `map_size` overrides the package's: "model", "frame" or (width, height). `precision` overrides its precision.
         """
-        package = package if isinstance(package, EnginePackage) else EnginePackage.open(package)
+        if not isinstance(package, (EnginePackage, str, Path)):
+            raise RecipeError(
+                f"a package is a path or an EnginePackage, not {package!r:.60}", "Give the path of a .dapo"
+            )
         kind = backend_class(backend)
+        if map_size is not None:
+            check_map_size(map_size)
+        package = package if isinstance(package, EnginePackage) else EnginePackage.open(package)
         self._setup(package, kind.open(package, map_size=map_size or package.manifest.map_size, precision=precision))
 
     @classmethod
@@ -49,13 +57,15 @@ class Inspector:
         self.package = package
         self.backend = backend
         self.thresholds = package.thresholds()
+        self._lock = threading.Lock()
 
     def inspect(self, image: Frame | NDArray[Any]) -> Inspection:
         """Inspect one BGR image [H, W, 3] uint8 (or grey [H, W]). Raises `FrameError` when it can't be one."""
         started = time.perf_counter()
         view = checked_view(image.image if isinstance(image, Frame) else image)
-        thresholds = self.thresholds
-        batch = self.backend.infer([view])
+        with self._lock:
+            thresholds = self.thresholds
+            batch = self.backend.infer([view])
         decided = time.perf_counter()
         anomaly, score = batch.anomaly[0], float(batch.image_scores[0])
         highest = float(anomaly.max())  # NaN if any pixel is
@@ -81,8 +91,11 @@ class Inspector:
 
         Thresholds belong to words: without new ones every verdict is `unsure` until the package's own bank is back.
         """
-        self.backend.set_bank(bank)
-        self.thresholds = thresholds or self.package.thresholds()
+        if not isinstance(bank, PromptBank):
+            raise RecipeError(f"a prompt bank is needed, not {bank!r:.60}", "Read one with PromptBank.read(path)")
+        with self._lock:
+            self.backend.set_bank(bank)
+            self.thresholds = thresholds or self.package.thresholds()
 
     def close(self) -> None:
         """Free the engine."""

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from dapo_edge.errors import FrameError
+from dapo_edge.errors import FrameError, SourceError
 from dapo_edge.runtime.inspector import Inspector
 from dapo_edge.runtime.sources import Source
 from dapo_edge.structures import Frame, Inspection
@@ -61,28 +61,43 @@ def inspect_stream(
 ) -> Iterator[Outcome]:
     """Inspect sources one after the other, at most `limit` frames of each, until `stopped()` says so.
 
-    A frame that can't be used is yielded as failed and the stream goes on. Raises `SourceError` when a source breaks,
-    and `BackendError` when the engine does; `statistics` account for the frame in hand then, too.
+    A frame that can't be used is yielded as failed and the stream goes on. A source that breaks does not keep the
+    others from being inspected: its `SourceError` is raised at the end. `BackendError` is raised at once. `statistics`
+    account for every frame in any case.
     """
+    broken: list[SourceError] = []
     for source in sources:
         if stopped():
-            return
-        with source:
-            uri = source.properties.uri
-            taken = 0
-            while not stopped() and (limit is None or taken < limit):
-                try:
-                    frame = source.read()
-                except FrameError as error:
-                    statistics.captured += 1
-                    statistics.failed += 1
-                    outcome = Outcome(error.source or uri, error.index, error=error)
-                else:
-                    if frame is None:
-                        break
-                    outcome = _inspected(inspector, frame, statistics)
-                taken += 1
-                yield outcome
+            break
+        try:
+            yield from _frames(inspector, source, statistics, limit, stopped)
+        except SourceError as error:
+            broken.append(error)
+    if len(broken) > 1:
+        raise SourceError("; ".join(error.cause for error in broken), broken[0].remedy)
+    if broken:
+        raise broken[0]
+
+
+def _frames(
+    inspector: Inspector, source: Source, statistics: Statistics, limit: int | None, stopped: Callable[[], bool]
+) -> Iterator[Outcome]:
+    with source:
+        uri = source.properties.uri
+        taken = 0
+        while not stopped() and (limit is None or taken < limit):
+            try:
+                frame = source.read()
+            except FrameError as error:
+                statistics.captured += 1
+                statistics.failed += 1
+                outcome = Outcome(error.source or uri, error.index, error=error)
+            else:
+                if frame is None:
+                    break
+                outcome = _inspected(inspector, frame, statistics)
+            taken += 1
+            yield outcome
 
 
 def _inspected(inspector: Inspector, frame: Frame, statistics: Statistics) -> Outcome:

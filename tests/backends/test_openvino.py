@@ -11,6 +11,7 @@ import pytest
 from banks import contrasting_bank, has_fast_type
 
 from dapo_edge import Inspector, open_source
+from dapo_edge.backends import model_cache
 from dapo_edge.backends.base import backend_class
 from dapo_edge.backends.openvino import OpenVinoBackend
 from dapo_edge.errors import BackendError, RecipeError
@@ -131,10 +132,46 @@ def test_closed_backend_and_unknown_names(package: EnginePackage, picture: Any) 
         backend_class("openvin")
 
 
-def test_compiled_models_are_cached(package: EnginePackage, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_models_are_cached(
+    package: EnginePackage, tmp_path: Any, picture: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("DAPO_EDGE_CACHE", str(tmp_path))
-    OpenVinoBackend.open(package, map_size="model").close()
-    assert list(tmp_path.rglob("*.blob"))
+    with OpenVinoBackend.open(package, map_size="model") as first:
+        expected = first.infer([picture]).anomaly
+    (blob,) = tmp_path.rglob("*.blob")
+    with OpenVinoBackend.open(package, map_size="model") as again:
+        np.testing.assert_array_equal(again.infer([picture]).anomaly, expected)
+    assert list(tmp_path.rglob("*.blob")) == [blob]
+
+
+def test_a_damaged_cache_is_compiled_again_never_used(
+    package: EnginePackage,
+    tmp_path: Any,
+    picture: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("DAPO_EDGE_CACHE", str(tmp_path))
+    with OpenVinoBackend.open(package, map_size="model") as first:
+        expected = first.infer([picture]).anomaly
+    (blob,) = tmp_path.rglob("*.blob")
+    content = bytearray(blob.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 1000] = bytes(1000)
+    blob.write_bytes(content)
+    with OpenVinoBackend.open(package, map_size="model") as again:
+        np.testing.assert_array_equal(again.infer([picture]).anomaly, expected)
+    assert "is damaged: compiled again" in caplog.text
+
+
+def test_the_cache_forgets_what_was_not_used_for_long(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DAPO_EDGE_CACHE", str(tmp_path))
+    monkeypatch.setattr(model_cache, "MAX_BYTES", 250)
+    for age, key in enumerate(("old", "older", "oldest")):
+        model_cache.store(key, bytes(68))
+        (path,) = tmp_path.rglob(f"{key}.blob")
+        os.utime(path, (1e9 - age, 1e9 - age))
+    model_cache.store("new", bytes(68))
+    assert sorted(path.stem for path in tmp_path.rglob("*.blob")) == ["new", "old"]
 
 
 def test_no_cache_folder_is_said_not_hidden(

@@ -205,6 +205,33 @@ def test_values_that_are_no_numbers_are_an_error_not_a_verdict(package: EnginePa
         inspector.inspect(np.zeros((96, 96, 3), np.uint8))
 
 
+def test_threads_that_share_an_inspector_get_their_own_results(package: EnginePackage) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    views = [np.random.default_rng(seed).integers(0, 256, (64, 96, 3), np.uint8) for seed in range(8)]
+    with Inspector(package) as inspector:
+        expected = [inspector.inspect(view).score for view in views]
+        with ThreadPoolExecutor(4) as pool:
+            got = list(pool.map(lambda index: inspector.inspect(views[index % 8]).score, range(160)))
+    assert got == [expected[index % 8] for index in range(160)]
+
+
+@pytest.mark.parametrize("size", [(0, 0), (-1, 5), "frmae", "64x64", 5, (5, 5, 5), (1.0, 5), (10**6, 10**6), ()])
+def test_impossible_map_sizes(package: EnginePackage, size: Any) -> None:
+    with pytest.raises(RecipeError, match="is not a map size"):
+        Inspector(package, map_size=size)
+
+
+def test_arguments_of_the_wrong_kind(package: EnginePackage) -> None:
+    nothing: Any = None
+    with pytest.raises(RecipeError, match="a package is a path"):
+        Inspector(nothing)
+    with pytest.raises(RecipeError, match="unknown backend 'None'"):
+        Inspector(package, backend=nothing)
+    with Inspector(package) as inspector, pytest.raises(RecipeError, match="a prompt bank is needed"):
+        inspector.set_bank(nothing)
+
+
 def test_unknown_backend(package: EnginePackage) -> None:
     with pytest.raises(RecipeError, match="unknown backend 'tensorflow'"):
         Inspector(package.path, backend="tensorflow")

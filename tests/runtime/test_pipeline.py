@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dapo_edge.errors import BackendError, FrameError
+from dapo_edge.errors import BackendError, FrameError, SourceError
 from dapo_edge.runtime.pipeline import Statistics, inspect_stream
 from dapo_edge.runtime.sources import Properties, Source
 from dapo_edge.structures import DefectMap, Frame, Inspection
@@ -81,6 +81,18 @@ def test_the_frame_in_hand_is_counted_when_all_ends(fault: BaseException, expect
         list(inspect_stream(engine, [source], statistics))
     assert counts(statistics) == expected
     assert source.closed
+
+
+def test_sources_that_break_are_named_at_the_end() -> None:
+    statistics = Statistics()
+    engine: Any = Engine({})
+    broken = [Scripted([0, SourceError(f"camera {name} is gone", "plug it in")]) for name in ("A", "B")]
+    seen = []
+    with pytest.raises(SourceError, match="camera A is gone; camera B is gone"):
+        for outcome in inspect_stream(engine, [*broken, Scripted(range(3))], statistics):
+            seen.append(outcome.index)
+    assert seen == [0, 0, 0, 1, 2]
+    assert counts(statistics) == (5, 5, 0, 0)
 
 
 def test_limit_and_stop_hold_between_frames() -> None:

@@ -56,11 +56,18 @@ def redact(uri: str) -> str:
         if uri.startswith(("/", ".", "~")):
             return uri
     elif scheme.lower() in LOCAL_SCHEMES:
-        return uri
+        path, mark, query = uri.partition("?")
+        return path + mark + _SECRET_KEY.sub(r"\1***", query)
     head, at, tail = rest.rpartition("@")
     if at and (":" in head or (separator and "/" not in head)):
         rest = f"***@{tail}"
     return scheme + separator + _SECRET_KEY.sub(r"\1***", rest)
+
+
+def redact_text(text: str) -> str:
+    """A sentence that may hold URIs, also ones that were mangled into paths, with their credentials hidden."""
+    text = re.sub(r"\b([A-Za-z][A-Za-z0-9+.-]*:/{1,2})[^\s'\"/]*(?:/[^\s'\"@]*)?@", r"\1***@", text)
+    return re.sub(r"(?i)\b((?:password|passwd|pwd|pass|pw|token|secret)=)[^&;\s'\"]*", r"\1***", text)
 
 
 def path_of(body: str) -> Path:

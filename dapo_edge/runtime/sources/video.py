@@ -8,6 +8,7 @@ FFmpeg's own remarks on stderr stay, because its level can only be set for the w
 from __future__ import annotations
 
 import math
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -52,6 +53,8 @@ class VideoSource(Source):
         check_path(path, "video")
         if not path.is_file():
             raise SourceError(f"'{path}' is not a video file", f"A folder of images is opened as {uri_of('dir', path)}")
+        if not os.access(path, os.R_OK):
+            raise SourceError(f"the video '{path}' can't be read (Permission denied)", "Check its permissions")
         if path.stat().st_size == 0:
             raise SourceError(f"the video '{path}' is empty (0 bytes)", "Write the file again")
         if not is_text(path):

@@ -1,0 +1,131 @@
+"""The terminal side of the command line: streams, signals, progress. Data goes to stdout, people's text to stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from dapo_edge.errors import OutputError
+
+FILE_COLUMNS = 200  # of a table that goes into a file
+
+
+class ReaderGone(Exception):
+    """Whoever read stdout has closed it."""
+
+
+def print_json(content: Any, indent: int | None = 2) -> None:
+    """One JSON document to stdout."""
+    print_text(json.dumps(content, indent=indent, ensure_ascii=False))
+
+
+def print_rich(renderable: Any) -> None:
+    """A table as text: as wide as the terminal, and not folded where there is none."""
+    from rich.console import Console
+
+    is_terminal = sys.stdout.isatty()
+    console = Console(width=None if is_terminal else FILE_COLUMNS)
+    with console.capture() as capture:
+        console.print(renderable)
+    print_text("\n".join(line.rstrip() for line in capture.get().splitlines()))
+
+
+def print_text(text: str) -> None:
+    """Lines to stdout. Raises `OutputError` when they can't be written, `ReaderGone` when nobody reads."""
+    try:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+    except OSError as error:
+        # What stdout still holds can't be written; without this Python would try once more at exit, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise ReaderGone from error
+        raise OutputError.refused("stdout", error) from error
+
+
+def fail(text: str) -> None:
+    """One line that says what went wrong, without anybody's password."""
+    from dapo_edge.runtime.sources.uri import redact_text
+
+    say(f"error: {redact_text(text)}")
+
+
+def say(text: str) -> None:
+    """A line for people."""
+    with contextlib.suppress(OSError):  # a closed stderr must not stop the line
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+
+
+def prepare_streams() -> None:
+    """UTF-8 whatever the locale says, and names that are no text as escapes; a closed stream swallows what it gets."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 (stays open as long as the process)
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+@contextlib.contextmanager
+def stop_on_signals(then: Callable[[], object]) -> Iterator[list[int]]:
+    """Collect SIGTERM and the first Ctrl-C in a list, and call `then`; a second Ctrl-C stops at once."""
+    received: list[int] = []
+
+    def on_signal(number: int, frame: object) -> None:
+        again = signal.SIGINT in received
+        received.append(number)
+        if again and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        then()
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def interrupt() -> None:
+    """For `stop_on_signals`, where the work in hand can't be finished."""
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Any]:
+    """A bar on a terminal; plain lines, one per step, where stderr is a file."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        seen: list[str] = []
+
+        def line(step: str, done: int, of: int) -> None:
+            if not seen or seen[-1] != step:
+                seen.append(step)
+                say(step)
+
+        yield line
+        return
+    columns = (TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bar:
+        tasks: dict[str, Any] = {}
+
+        def update(step: str, done: int, of: int) -> None:
+            if step not in tasks:
+                for task in tasks.values():
+                    bar.update(task, completed=bar.tasks[task].total)
+                tasks[step] = bar.add_task(step, total=of)
+            bar.update(tasks[step], completed=done, total=of)
+
+        yield update
+        for task in tasks.values():
+            bar.update(task, completed=bar.tasks[task].total)
