@@ -290,8 +290,8 @@ def _build_with_progress(recipe: Any, output: Path | None) -> Any:
             raise
     if not package.manifest.tuned:
         say("note: the prompts are not tuned, so the maps follow the backbone alone ('prompts.tuned' in the recipe)")
-    if package.manifest.weights.startswith("seeded"):
-        say("note: the backbone has seeded weights, so the maps mean nothing yet ('backbone.pretrained')")
+    if not package.manifest.trained:
+        say("note: the backbone has seeded weights, so the maps mean nothing yet, and every verdict is 'unsure'")
     return package
 
 

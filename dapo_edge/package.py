@@ -81,6 +81,7 @@ class Manifest(_Part):
     method: str
     backbone: str
     weights: str  # where the backbone's weights come from
+    trained: bool  # False for seeded weights: such a package shows how everything runs, and decides nothing
     tuned: bool  # whether prompts and adapters were tuned
     precision: Literal["fp32", "fp16"]
     batch: int = Field(ge=1)

@@ -51,6 +51,7 @@ def test_build_run_and_accounting(recipe_file: Path, tmp_path: Path) -> None:
     assert json.loads(built.stdout)["package"] == str(tmp_path / "p.dapo")
     assert "accuracy gate" in built.stderr
     assert "seeded weights" in built.stderr
+    assert "every verdict is 'unsure'" in built.stderr
 
     run = dapo_edge(
         "run", tmp_path / "p.dapo", "synthetic://128x96@30?seed=1", "--frames", 3, "--json", "--out", tmp_path / "o"

@@ -127,6 +127,7 @@ def _manifest_fields(job: _Job) -> dict[str, Any]:
         "method": recipe.method,
         "backbone": method.clip.name,
         "weights": method.clip.weights,
+        "trained": method.clip.trained,
         "tuned": method.tuned,
         "precision": recipe.precision,
         "batch": recipe.batch,

@@ -36,6 +36,7 @@ class Clip:
 
     name: str
     weights: str  # where the weights come from, in words
+    trained: bool  # False for a seeded initialisation
     visual: Any  # open_clip's VisionTransformer
     text: Any  # open_clip's CLIP or TextTransformer: whatever holds the text tower's parts
     tokenizer: Any  # open_clip's SimpleTokenizer: list of str -> ids [P, T]
@@ -106,6 +107,7 @@ def load_clip(model: str, *, pretrained: str | None = None, checkpoint: Path | N
     return Clip(
         name=name,
         weights=pretrained or (checkpoint.name if checkpoint else f"seeded ({seed})"),
+        trained=bool(pretrained or checkpoint),
         visual=clip_model.visual,
         text=text,
         tokenizer=tokenizer,

@@ -80,7 +80,7 @@ class Inspector:
         limit = thresholds.pixel.value if thresholds.pixel else None
         spec = self.package.manifest.map
         regions = () if limit is None else find_regions(anomaly, batch.patch_probs[0], names, spec, limit, size)
-        verdict = decide(score, highest, thresholds)
+        verdict = decide(score, highest, thresholds) if self.package.manifest.trained else "unsure"
         finished = time.perf_counter()
         ms = {**batch.stage_ms, "decide": (finished - decided) * 1e3, "total": (finished - started) * 1e3}
         defect_map = DefectMap(anomaly, batch.types[0], names)

@@ -34,7 +34,7 @@ def test_exported_graph_is_what_compilers_want(package: EnginePackage) -> None:
 def test_manifest_and_report(package: EnginePackage) -> None:
     manifest = package.manifest
     assert (manifest.image_size, manifest.map.grid, manifest.feature_layers) == (96, (6, 6), (2, 4, 5))
-    assert (manifest.tuned, manifest.weights) == (False, "seeded (0)")
+    assert (manifest.trained, manifest.tuned, manifest.weights) == (False, False, "seeded (0)")
     drift = package.report()["precisions"]["fp32"]
     assert drift["token_cosine_min"] >= 0.99999
     assert drift["map_difference_max"] <= 1e-3

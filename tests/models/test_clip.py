@@ -64,7 +64,7 @@ def test_a_local_checkpoint_is_loaded(tiny_config: Path, tmp_path: Path) -> None
     torch.save(source.text.state_dict(), tmp_path / "weights.pt")
     loaded = load_clip(str(tiny_config), checkpoint=tmp_path / "weights.pt", seed=1)
     assert torch.equal(loaded.visual.proj, source.visual.proj)
-    assert loaded.weights == "weights.pt"
+    assert (loaded.weights, loaded.trained, source.trained) == ("weights.pt", True, False)
     assert "tiny-test-clip" in open_clip.list_models()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,11 @@ class FakeBackend:
         self.close()
 
 
+def trained(package: EnginePackage) -> EnginePackage:
+    """The same package, as if its weights were more than a seeded initialisation."""
+    return replace(package, manifest=package.manifest.model_copy(update={"trained": True}))
+
+
 def limits(image: float, pixel: float) -> Thresholds:
     image_limit, pixel_limit = (
         Threshold(value=value, false_reject_rate=0, confidence_95=(0, 0.1)) for value in (image, pixel)
@@ -57,7 +63,7 @@ def limits(image: float, pixel: float) -> Thresholds:
 
 
 def test_a_region_is_found_named_and_placed(package: EnginePackage) -> None:
-    with Inspector.on(package, FakeBackend(package)) as inspector:
+    with Inspector.on(trained(package), FakeBackend(package)) as inspector:
         inspector.thresholds = limits(0.5, 0.45)
         result = inspector.inspect(np.zeros((480, 960, 3), np.uint8))
     assert result.verdict == "ng"
@@ -120,15 +126,23 @@ def test_verdicts(score: float, highest: float, verdict: str) -> None:
 
 def test_an_uncalibrated_package_never_decides(package: EnginePackage) -> None:
     assert decide(1.0, 1.0, Thresholds()) == "unsure"
-    with Inspector.on(package, FakeBackend(package)) as inspector:
+    with Inspector.on(trained(package), FakeBackend(package)) as inspector:
         inspector.thresholds = Thresholds()
         result = inspector.inspect(np.zeros((96, 96, 3), np.uint8))
     assert (result.verdict, result.regions) == ("unsure", ())
 
 
+def test_seeded_weights_decide_nothing(package: EnginePackage) -> None:
+    with Inspector.on(package, FakeBackend(package)) as inspector:
+        inspector.thresholds = limits(0.5, 0.45)
+        result = inspector.inspect(np.zeros((96, 96, 3), np.uint8))
+    assert result.verdict == "unsure"
+    assert len(result.regions) == 1, "what was seen is shown all the same"
+
+
 def test_words_change_without_a_new_engine(package: EnginePackage) -> None:
     renamed = PromptBank(("normal", "Kratzer", "Fehlteil", "Kleber"), package.bank().rows)
-    with Inspector.on(package, FakeBackend(package)) as inspector:
+    with Inspector.on(trained(package), FakeBackend(package)) as inspector:
         inspector.set_bank(renamed, limits(0.5, 0.45))
         assert inspector.inspect(np.zeros((96, 96, 3), np.uint8)).regions[0].type == "Fehlteil"
 
@@ -154,7 +168,7 @@ def test_a_bank_swapped_in_mid_call_never_mixes_names(package: EnginePackage) ->
             self.bank = PromptBank(("normal", "x"), self.bank.rows[:2])
             return batch
 
-    with Inspector.on(package, Swapping(package)) as inspector:
+    with Inspector.on(trained(package), Swapping(package)) as inspector:
         inspector.thresholds = limits(0.5, 0.45)
         result = inspector.inspect(np.zeros((96, 96, 3), np.uint8))
     assert result.types == package.bank().names
@@ -187,7 +201,7 @@ def test_a_region_has_at_least_one_pixel_in_a_small_frame(package: EnginePackage
     ],
 )
 def test_impossible_frames(package: EnginePackage, image: Any, message: str) -> None:
-    with Inspector.on(package, FakeBackend(package)) as inspector, pytest.raises(FrameError, match=message):
+    with Inspector.on(trained(package), FakeBackend(package)) as inspector, pytest.raises(FrameError, match=message):
         inspector.inspect(image)
 
 
@@ -199,7 +213,7 @@ def test_values_that_are_no_numbers_are_an_error_not_a_verdict(package: EnginePa
             return batch
 
     with (
-        Inspector.on(package, Overflowing(package)) as inspector,
+        Inspector.on(trained(package), Overflowing(package)) as inspector,
         pytest.raises(BackendError, match=r"not numbers \(fake, fp32\)"),
     ):
         inspector.inspect(np.zeros((96, 96, 3), np.uint8))
