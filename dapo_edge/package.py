@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -286,7 +287,7 @@ class PackageWriter:
                 shutil.rmtree(previous, ignore_errors=True)
             else:
                 previous.rename(self.destination)
-        for path in self.destination.parent.glob(f"{self._prefix}*.lock"):
+        for path in self.destination.parent.glob(f"{glob.escape(self._prefix)}*.lock"):
             with contextlib.suppress(OSError), path.open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(path.with_suffix(""), ignore_errors=True)
