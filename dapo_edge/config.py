@@ -239,7 +239,8 @@ class _UniqueKeys(yaml.SafeLoader):
     """YAML takes the last of two equal keys without a word; a recipe shall not."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        merge = "tag:yaml.org,2002:merge"  # `<<` may stand twice, and is overridden on purpose
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge]
         twice = {str(key) for key in keys if keys.count(key) > 1}
         if twice:
             raise yaml.constructor.ConstructorError(

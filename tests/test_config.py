@@ -88,6 +88,17 @@ def test_unreadable_recipes(tmp_path: Path, content: bytes, message: str) -> Non
         load_recipe(tmp_path / "none.yaml")
 
 
+def test_merge_keys_and_windows_line_ends_are_fine(tmp_path: Path) -> None:
+    text = (
+        "name: a\nbackbone: {model: x}\nprompts: {defects: [größe]}\n"
+        "map:\n  <<: {smoothing_px: 2, score: max}\n  score: top\n"
+    )
+    (tmp_path / "r.yaml").write_text(text.replace("\n", "\r\n"), encoding="utf-8")
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert (recipe.map.smoothing_px, recipe.map.score) == (2.0, "top")
+    assert recipe.prompts.defects[0].name == "größe"
+
+
 def test_schema_describes_every_key() -> None:
     schema = json.loads(recipe_schema())
     assert {"name", "method", "backbone", "prompts", "map", "gate"} <= schema["properties"].keys()
