@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,6 +47,7 @@ precision_option = click.option(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with the documented code."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
     prepare_streams()
     with contextlib.suppress(ValueError):  # not in the main thread: whoever owns it decides
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -54,13 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with named_extras():
             code = commands.main(args=arguments, prog_name="dapo-edge", standalone_mode=False) or 0
     except DapoEdgeError as error:
-        fail(str(error))
+        fail(str(error), given)
         code = error.exit_code
     except click.exceptions.NoArgsIsHelpError as error:
         say(error.format_message())
         code = 2
     except click.UsageError as error:
-        fail(f"{error.format_message()} See: {error.ctx.command_path if error.ctx else 'dapo-edge'} --help")
+        fail(f"{error.format_message()} See: {error.ctx.command_path if error.ctx else 'dapo-edge'} --help", given)
         code = 2
     except (KeyboardInterrupt, click.Abort):
         say("interrupted")
@@ -68,17 +70,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ReaderGone:
         code = 0  # e.g. `| head`: that is its good right
     except MemoryError:
-        fail("out of memory. Use a smaller model, a smaller map or smaller frames.")
+        fail("out of memory. Use a smaller model, a smaller map or smaller frames.", given)
     except OSError as error:
         place = f" '{error.filename}'" if error.filename else ""
-        fail(f"the system refused{place} ({error.strerror or error}). Check the path, its permissions and the disk.")
+        fail(
+            f"the system refused{place} ({error.strerror or error}). Check the path, its permissions and the disk.",
+            given,
+        )
     except Exception as error:
         if os.environ.get("DAPO_EDGE_DEBUG"):
             traceback.print_exc()
         first = str(error).splitlines()[0] if str(error) else ""
         fail(
             f"unexpected {type(error).__name__}: {first}. "
-            "This is a fault of dapo-edge; set DAPO_EDGE_DEBUG=1 for the whole trace and report it."
+            "This is a fault of dapo-edge; set DAPO_EDGE_DEBUG=1 for the whole trace and report it.",
+            given,
         )
     sys.exit(code)
 
@@ -141,7 +147,7 @@ def run(
     opened = [open_source(source) for source in sources]
     if out:
         _protect_sources(out, sources)
-    with stop_on_signals(lambda: _close(opened)) as received, contextlib.ExitStack() as stack:
+    with stop_on_signals(lambda: _close_beside(opened)) as received, contextlib.ExitStack() as stack:
         for source in opened:
             stack.enter_context(source)  # one that is not there shows before the engine is loaded
         recorder = stack.enter_context(_recorder(out, opened[0].properties.fps)) if out else None
@@ -282,8 +288,14 @@ def _build_with_progress(recipe: Any, output: Path | None) -> Any:
     from dapo_edge.engine.build import build as build_package
 
     with progress_bar() as progress, stop_on_signals(interrupt) as received:
+
+        def step(name: str, done: int, of: int) -> None:
+            if received:  # raised where foreign code swallowed it
+                raise KeyboardInterrupt
+            progress(name, done, of)
+
         try:
-            package = build_package(recipe, output, progress)
+            package = build_package(recipe, output, step)
         except Exception:
             if received:  # an interrupt in the middle of an import comes out as an import error
                 raise KeyboardInterrupt from None
@@ -295,9 +307,17 @@ def _build_with_progress(recipe: Any, output: Path | None) -> Any:
     return package
 
 
-def _close(sources: Sequence[Source]) -> None:
-    for source in sources:
-        source.close()  # also wakes one that waits for its next frame
+def _close_beside(sources: Sequence[Source]) -> None:
+    """Close sources, which wakes one that waits for its next frame.
+
+    In a thread of its own: a signal interrupts the main thread anywhere, also where it holds a source's lock.
+    """
+
+    def close() -> None:
+        for source in sources:
+            source.close()
+
+    threading.Thread(target=close).start()
 
 
 def _parse_map_size(text: str | None) -> Any:
@@ -313,19 +333,21 @@ def _parse_map_size(text: str | None) -> Any:
 
 def _protect_sources(out: Path, sources: Sequence[str]) -> None:
     """Refuse to write where is read: overlays would replace the pictures that they were made of."""
+    from dapo_edge.outputs.recorder import names_pictures
     from dapo_edge.runtime.sources.stills import IMAGE_EXTENSIONS
     from dapo_edge.runtime.sources.uri import path_of, split
 
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", str(out)):  # a path has one slash of the URI's two already
         raise OutputError(f"'{out}' is not a path", "Name a folder, or a file that ends in .mp4")
-    target = out.resolve()
+    target = Path(os.path.realpath(out))
     is_video = target.suffix.lower() == ".mp4"
-    written = target.parent if target.suffix else target
+    written = target.parent if names_pictures(target) else target
     for source in sources:
         address = split(source)
         if address is not None and address.scheme not in ("dir", "file", "image"):
             continue
-        read = (Path(source) if address is None else path_of(address.body)).resolve()
+        read = (Path(source) if address is None else path_of(address.body)).absolute()
+        read = Path(os.path.realpath(read))
         is_pictures = read.is_dir() or read.suffix.lower() in IMAGE_EXTENSIONS
         pictures = read if read.is_dir() else read.parent
         if target == read or (is_pictures and not is_video and written == pictures):

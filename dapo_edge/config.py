@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -175,7 +176,7 @@ def load_recipe(path: str | Path) -> Recipe:
     except UnicodeDecodeError as error:
         raise RecipeError(f"'{path}' is not a text file", "Give a recipe in YAML, UTF-8 encoded") from error
     try:
-        data = yaml.load(text, Loader=_UniqueKeys)
+        data = yaml.load(text, Loader=_RecipeLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise RecipeError(f"the recipe '{path}' is not valid YAML: {reason}", "Mend the named line") from error
@@ -188,7 +189,8 @@ def load_recipe(path: str | Path) -> Recipe:
 
 def parse_recipe(data: dict[str, Any], origin: str = "recipe") -> Recipe:
     """Check a mapping against the recipe's schema. Raises `RecipeError` naming every mistake."""
-    return parse_section(Recipe, data, origin)
+    emptied = [key for key, value in data.items() if value is None and key in ("options", "map", "thresholds", "gate")]
+    return parse_section(Recipe, {key: value for key, value in data.items() if key not in emptied}, origin)
 
 
 def parse_section(model: type[Section], data: dict[str, Any], origin: str) -> Any:
@@ -204,10 +206,16 @@ def parse_section(model: type[Section], data: dict[str, Any], origin: str) -> An
 
 
 def _as_json(data: dict[str, Any], origin: str) -> str:
+    def path_as_text(value: Any) -> str:
+        if isinstance(value, Path):
+            return str(value)
+        raise TypeError(f"{type(value).__name__} has no place in it")
+
     try:
-        return json.dumps(data, default=str)
-    except (ValueError, RecursionError) as error:  # an anchor that contains itself
-        raise RecipeError(f"{origin} contains itself or is nested too deeply", "Write it without anchors") from error
+        return json.dumps(data, default=path_as_text)
+    except (TypeError, ValueError, RecursionError) as error:
+        reason = "it contains itself" if "ircular" in str(error) or isinstance(error, RecursionError) else error
+        raise RecipeError(f"{origin} can't be read: {reason}", "Use only texts, numbers, lists and keys") from error
 
 
 def resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
@@ -235,18 +243,29 @@ def recipe_schema() -> str:
     return json.dumps(Recipe.model_json_schema(), indent=2)
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML takes the last of two equal keys without a word; a recipe shall not."""
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML as people mean it: a key stands once, a date is text, and 1e-2 is a number."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (an attribute of the base class)
+        first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith(":timestamp")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        merge = "tag:yaml.org,2002:merge"  # `<<` may stand twice, and is overridden on purpose
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge]
-        twice = {str(key) for key in keys if keys.count(key) > 1}
+        keys = [
+            key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and not key.tag.endswith(":merge")
+        ]
+        twice = {key for key in keys if keys.count(key) > 1}
         if twice:
             raise yaml.constructor.ConstructorError(
                 None, None, f"the key {', '.join(sorted(twice))} is given twice", node.start_mark
             )
         return super().construct_mapping(node, deep)
+
+
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def _describe(model: type[BaseModel], item: dict[str, Any]) -> str:

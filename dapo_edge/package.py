@@ -161,6 +161,16 @@ class EnginePackage:
         """The portable encoder."""
         return self.path / ENCODER
 
+    def encoder_bytes(self) -> bytes:
+        """The portable encoder, read and verified in one go."""
+        try:
+            data = self.encoder_path.read_bytes()
+        except OSError as error:
+            raise PackageDamaged(f"'{self.encoder_path}' can't be read any more ({error})", _REBUILD) from error
+        if hashlib.sha256(data).hexdigest() != self.manifest.files[ENCODER].sha256:
+            raise PackageDamaged(f"'{self.encoder_path}' was replaced after the package was opened", "Open it again")
+        return data
+
     def bank(self) -> PromptBank:
         """The prompt bank that the package was built with."""
         bank = PromptBank.read(self.path / PROMPTS)
@@ -207,7 +217,7 @@ class PackageWriter:
     def __enter__(self) -> PackageWriter:
         with writing_to(self.destination):
             if self.destination.is_symlink():
-                self.destination = self.destination.resolve()
+                self.destination = Path(os.path.realpath(self.destination))
             if not str(self.destination).isprintable():
                 raise OutputError(f"the name {str(self.destination)!a} can't be printed", "Use another name with -o")
             if (self.destination.parent / MANIFEST).is_file():
@@ -273,7 +283,8 @@ class PackageWriter:
                 previous.rename(self.destination)
                 raise
             shutil.rmtree(previous, ignore_errors=True)
-        _sync(self.destination.parent)
+        with contextlib.suppress(OSError):  # a folder that may be written but not read: the package is in place
+            _sync(self.destination.parent)
 
     @property
     def _prefix(self) -> str:

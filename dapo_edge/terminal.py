@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
+import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +33,10 @@ def print_rich(renderable: Any) -> None:
     from rich.console import Console
 
     is_terminal = sys.stdout.isatty()
-    console = Console(width=None if is_terminal else FILE_COLUMNS)
-    with console.capture() as capture:
-        console.print(renderable)
-    print_text("\n".join(line.rstrip() for line in capture.get().splitlines()))
+    width = shutil.get_terminal_size().columns if is_terminal else FILE_COLUMNS
+    page = io.StringIO()
+    Console(file=page, width=width, force_terminal=is_terminal).print(renderable)
+    print_text("\n".join(line.rstrip() for line in page.getvalue().splitlines()))
 
 
 def print_text(text: str) -> None:
@@ -49,11 +52,15 @@ def print_text(text: str) -> None:
         raise OutputError.refused("stdout", error) from error
 
 
-def fail(text: str) -> None:
-    """One line that says what went wrong, without anybody's password."""
-    from dapo_edge.runtime.sources.uri import redact_text
+def fail(text: str, arguments: Sequence[str]) -> None:
+    """One line that says what went wrong, without the passwords that stood in the arguments."""
+    from dapo_edge.runtime.sources.uri import redact
 
-    say(f"error: {redact_text(text)}")
+    for argument in arguments:
+        if "://" in argument:
+            for form in (argument, str(Path(argument))):  # a URI taken for a path loses a slash
+                text = text.replace(form, redact(argument))
+    say(f"error: {text}")
 
 
 def say(text: str) -> None:
@@ -85,6 +92,9 @@ def stop_on_signals(then: Callable[[], object]) -> Iterator[list[int]]:
             raise KeyboardInterrupt
         then()
 
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # only the main thread may handle signals: whoever owns it decides
+        return
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received

@@ -247,7 +247,12 @@ def test_overlays_never_replace_what_they_are_made_of(package: EnginePackage, tm
         refused(1, "is where the source", result=dapo_edge("run", package.path, source, "--out", out))
     refused(1, "not a path", result=dapo_edge("run", package.path, tmp_path, "--out", "rtsp://u:secret@cam/1"))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    assert dapo_edge("run", package.path, tmp_path, "--out", tmp_path / "overlays").returncode == 0
+    for fine in ("overlays", "results.2024"):
+        assert dapo_edge("run", package.path, tmp_path, "--out", tmp_path / fine).returncode == 0
+    dotted = tmp_path / "pics.v2"
+    dotted.mkdir()
+    (dotted / "x.png").write_bytes(encoded_picture())
+    refused(1, "is where the source", result=dapo_edge("run", package.path, dotted / "x.png", "--out", dotted))
 
 
 def test_a_broken_source_does_not_keep_the_others_waiting(package: EnginePackage, tmp_path: Path) -> None:
@@ -277,6 +282,32 @@ def test_passwords_are_never_printed(package: EnginePackage, tmp_path: Path) -> 
         assert result.returncode in (3, 5)
         assert "geheim" not in result.stdout + result.stderr
         assert result.stderr.count("error:") == 1
+
+
+def test_paths_with_at_signs_are_not_taken_for_passwords(package: EnginePackage, tmp_path: Path) -> None:
+    for name in ("10:30@cam1.png", "me@plant.png", "pass=2.png"):
+        refused(5, name, result=dapo_edge("run", package.path, tmp_path / name))
+        refused(5, name, result=dapo_edge("run", package.path, name, cwd=tmp_path))
+
+
+def test_sigterm_in_the_middle_of_a_video(package: EnginePackage, tmp_path: Path) -> None:
+    """The signal lands inside a read; it must not wait for the lock that the read holds."""
+    import cv2
+
+    writer = cv2.VideoWriter(str(tmp_path / "v.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 30, (1920, 1080))
+    noise = np.random.default_rng(0).integers(0, 256, (1080, 1920, 3), np.uint8)
+    for index in range(60):
+        writer.write(np.roll(noise, 40 * index, axis=1))
+    writer.release()
+    for pause in (0.0, 0.05, 0.11):
+        process = start("run", package.path, tmp_path / "v.mp4", "--json")
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(pause)
+        process.send_signal(signal.SIGTERM)
+        output, errors = process.communicate(timeout=20)
+        assert process.returncode == 0, errors
+        assert "summary" in output.splitlines()[-1]
 
 
 def test_without_a_command_there_is_help() -> None:

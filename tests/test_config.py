@@ -99,6 +99,20 @@ def test_merge_keys_and_windows_line_ends_are_fine(tmp_path: Path) -> None:
     assert recipe.prompts.defects[0].name == "größe"
 
 
+def test_yaml_as_people_mean_it(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(
+        "name: a\nbackbone: {model: x}\nprompts: {defects: [2024-01-01, {cut: 2024-01-02}]}\n"
+        "thresholds: {false_reject_rate: 1e-2}\noptions:\nmap:\n"
+    )
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert recipe.thresholds.false_reject_rate == 0.01
+    assert [defect.phrase for defect in recipe.prompts.defects] == ["2024-01-01", "2024-01-02"]
+    for text in ("a: !!binary aGVsbG8=", "? [1]\n: x", "a: &a [*a]", "= : 1", "seed: 0x" + "f" * 6000):
+        (tmp_path / "r.yaml").write_text(text)
+        with pytest.raises(RecipeError):
+            load_recipe(tmp_path / "r.yaml")
+
+
 def test_schema_describes_every_key() -> None:
     schema = json.loads(recipe_schema())
     assert {"name", "method", "backbone", "prompts", "map", "gate"} <= schema["properties"].keys()
@@ -125,7 +139,7 @@ def test_values_that_only_look_right(change: dict[str, Any], message: str) -> No
     ("text", "message"),
     [
         ("name: a\nname: b\n", "the key name is given twice"),
-        ("name: 2020-13-45\n", "not valid YAML"),
+        ("name: 2020-13-45\n", "the key 'backbone' is missing"),
         ("a: " + "[" * 5000 + "]" * 5000, "nested too deeply|not valid YAML"),
         ("name: a\nbackbone: {model: x}\nprompts: {defects: [a], tuned: ~nosuchuser/x}\n", None),
     ],

@@ -6,29 +6,40 @@ A compiled model is what really runs, so it is verified like the package: a dama
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import logging
 import os
+import time
+from functools import lru_cache
 from pathlib import Path
 
 MAX_BYTES = 8 << 30  # room for several full-size models; the least recently used go first
+STALE_SECONDS = 3600
 
 log = logging.getLogger(__name__)
 
 
 def folder() -> Path | None:
     """Where compiled models lie: under DAPO_EDGE_CACHE, else the user's cache folder. None if it can't be written."""
-    root = os.environ.get("DAPO_EDGE_CACHE") or os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111
-    place = Path(root) / "dapo-edge" / "openvino"
+    root = os.environ.get("DAPO_EDGE_CACHE") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    place = Path(os.path.expanduser(root)) / "dapo-edge" / "openvino"  # noqa: PTH111 (it may know no home)
     try:
+        if str(place).startswith("~"):
+            raise FileNotFoundError(errno.ENOENT, "no home folder is known")
         place.mkdir(parents=True, exist_ok=True)
         if os.access(place, os.W_OK):
             return place
         reason = "not writable"
     except OSError as error:
         reason = error.strerror or str(error)
-    log.warning("no model cache in '%s' (%s): every start compiles anew; set DAPO_EDGE_CACHE", place, reason)
+    _warn_once(f"no model cache in '{place}' ({reason}): every start compiles anew; set DAPO_EDGE_CACHE")
     return None
+
+
+@lru_cache(maxsize=8)
+def _warn_once(text: str) -> None:
+    log.warning("%s", text)
 
 
 def key_of(*parts: object) -> str:
@@ -73,6 +84,9 @@ def store(key: str, blob: bytes) -> None:
 def _prune(place: Path) -> None:
     """Remove the least recently used models beyond the limit; another process may do so at the same time."""
     with contextlib.suppress(OSError):
+        for part in place.glob(".*.part"):  # left by a process that was killed
+            if part.stat().st_mtime < time.time() - STALE_SECONDS:
+                part.unlink()
         total = 0
         for blob in sorted(place.glob("*.blob"), key=lambda path: path.stat().st_mtime, reverse=True):
             total += blob.stat().st_size

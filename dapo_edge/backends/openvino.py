@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +23,9 @@ from dapo_edge.prompt_bank import PromptBank
 # What OpenVINO calls a float type, by the names used here; the first that a CPU computes natively is its fast type.
 FAST_TYPES = {"BF16": "bf16", "FP16": "fp16"}
 HINT_OF = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+
+
+log = logging.getLogger(__name__)
 
 
 class OpenVinoBackend:
@@ -67,19 +71,18 @@ class OpenVinoBackend:
             cpu_name(),
             usable_cores(),
         )
-        blob = model_cache.load(key) if cache else None
-        try:
-            if blob is not None:
-                model = core.import_model(blob, "CPU", properties)
-            else:
-                model = core.compile_model(_with_preprocessing(ov, core, package), "CPU", properties)
-                if cache:
-                    model_cache.store(key, model.export_model().getvalue())
-        except RuntimeError as error:
-            raise BackendError(
-                f"OpenVINO {ov.__version__} can't compile '{package.encoder_path}' ({_first_line(error)})",
-                "Update OpenVINO, or build the package again with this machine's versions",
-            ) from error
+        model = _cached(core, key, properties) if cache else None
+        if model is None:
+            prepared = _with_preprocessing(ov, core, package)
+            try:
+                model = core.compile_model(prepared, "CPU", properties)
+            except RuntimeError as error:
+                raise BackendError(
+                    f"OpenVINO {ov.__version__} can't compile '{package.encoder_path}' ({_first_line(error)})",
+                    "Update OpenVINO, or build the package again with this machine's versions",
+                ) from error
+            if cache:
+                model_cache.store(key, model.export_model().getvalue())
         return cls(package, model, model.create_infer_request(), map_size)
 
     def infer(self, views: Sequence[View]) -> MapBatch:
@@ -146,12 +149,24 @@ class OpenVinoBackend:
         return tokens[: len(resized)], embedding[: len(resized)]
 
 
+def _cached(core: Any, key: str, properties: dict[str, str]) -> Any | None:
+    blob = model_cache.load(key)
+    if blob is None:
+        return None
+    try:
+        return core.import_model(blob, "CPU", properties)
+    except RuntimeError as error:
+        log.warning("OpenVINO refuses a model from the cache (%s): compiled again", _first_line(error))
+        return None
+
+
 def _with_preprocessing(ov: Any, core: Any, package: EnginePackage) -> Any:
     """Put layout, colour order and normalisation into the model: its input becomes uint8 BGR [B, S, S, 3]."""
     manifest = package.manifest
     rebuild = "Build the package again: dapo-edge build RECIPE"
     try:
-        model = core.read_model(package.encoder_path)
+        # From the very bytes that were verified: a rebuild may replace the file at any moment.
+        model = core.read_model(package.encoder_bytes(), b"")
         shapes = [[int(side) for side in port.shape] for port in (*model.inputs, *model.outputs)]
     except RuntimeError as error:
         raise PackageDamaged(f"'{package.encoder_path}' is not an encoder ({_first_line(error)})", rebuild) from error

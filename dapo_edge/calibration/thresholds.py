@@ -12,11 +12,11 @@ def threshold_at(values: Sequence[float], false_reject_rate: float) -> Threshold
     """The limit that at most `false_reject_rate` of the good frames exceed; `values` are one per good frame.
 
     It lies half-way to the next higher value, so that rounding does not decide about the frame that it came from; above
-    the highest value, half of the gap below it further on.
+    the highest value, half of the gap below it further on, but never beyond half-way to 1, the highest possible value.
     """
     falling = sorted(values, reverse=True)
     allowed = math.floor(false_reject_rate * len(falling))
-    gap = falling[allowed - 1] - falling[allowed] if allowed else falling[0] - falling[1]
+    gap = falling[allowed - 1] - falling[allowed] if allowed else min(falling[0] - falling[1], 1 - falling[0])
     value = falling[allowed] + gap / 2
     above = sum(other > value for other in falling)
     return Threshold(

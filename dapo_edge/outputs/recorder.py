@@ -52,7 +52,7 @@ class Recorder:
             if str(self.path) != str(self.path).encode(errors="replace").decode():
                 raise OutputError(f"the name {str(self.path)!a} is not text in UTF-8", "Use another name")
             self._folder, self._keeper = self.path.parent, _Video(self.path, fps)
-        elif extension in STILL_EXTENSIONS and not self.path.is_dir():
+        elif names_pictures(self.path):
             self._folder, self._keeper = self.path.parent, _Stills(self.path.parent, self.path.stem, extension)
         else:
             self._folder, self._keeper = self.path, _Stills(self.path, None, ".png")
@@ -89,6 +89,11 @@ class Recorder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def names_pictures(path: Path) -> bool:
+    """Whether `path` is the name of numbered pictures, `results/part.png`, and not the folder that takes them."""
+    return path.suffix.lower() in STILL_EXTENSIONS and not path.is_dir()
 
 
 def save_picture(path: Path, image: Image) -> Path:

@@ -56,7 +56,8 @@ class Inspector:
     def _setup(self, package: EnginePackage, backend: Backend) -> None:
         self.package = package
         self.backend = backend
-        self.thresholds = package.thresholds()
+        self._own_thresholds = package.thresholds()
+        self.thresholds = self._own_thresholds
         self._lock = threading.Lock()
 
     def inspect(self, image: Frame | NDArray[Any]) -> Inspection:
@@ -95,11 +96,12 @@ class Inspector:
             raise RecipeError(f"a prompt bank is needed, not {bank!r:.60}", "Read one with PromptBank.read(path)")
         with self._lock:
             self.backend.set_bank(bank)
-            self.thresholds = thresholds or self.package.thresholds()
+            self.thresholds = thresholds or self._own_thresholds
 
     def close(self) -> None:
         """Free the engine."""
-        self.backend.close()
+        with self._lock:
+            self.backend.close()
 
     def __enter__(self) -> Self:
         return self

@@ -72,6 +72,8 @@ def inspect_stream(
         try:
             yield from _frames(inspector, source, statistics, limit, stopped)
         except SourceError as error:
+            if stopped():  # it was closed to end a wait
+                break
             broken.append(error)
     if len(broken) > 1:
         raise SourceError("; ".join(error.cause for error in broken), broken[0].remedy)

@@ -14,7 +14,7 @@ from dapo_edge import Inspector, open_source
 from dapo_edge.backends import model_cache
 from dapo_edge.backends.base import backend_class
 from dapo_edge.backends.openvino import OpenVinoBackend
-from dapo_edge.errors import BackendError, RecipeError
+from dapo_edge.errors import BackendError, PackageDamaged, RecipeError
 from dapo_edge.models.eager import EagerBackend
 from dapo_edge.outputs.events import frame_json
 from dapo_edge.package import EnginePackage, Threshold, Thresholds
@@ -181,6 +181,43 @@ def test_no_cache_folder_is_said_not_hidden(
     monkeypatch.setenv("DAPO_EDGE_CACHE", str(tmp_path / "file"))
     OpenVinoBackend.open(package, map_size="model").close()
     assert "no model cache" in caplog.text
+
+
+def test_a_blob_that_openvino_refuses_is_compiled_again(
+    package: EnginePackage,
+    tmp_path: Any,
+    picture: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("DAPO_EDGE_CACHE", str(tmp_path))
+    with OpenVinoBackend.open(package, map_size="model") as first:
+        expected = first.infer([picture]).anomaly
+    (blob,) = tmp_path.rglob("*.blob")
+    model_cache.store(blob.stem, b"from another OpenVINO")
+    for _ in range(2):
+        with OpenVinoBackend.open(package, map_size="model") as again:
+            np.testing.assert_array_equal(again.infer([picture]).anomaly, expected)
+    assert caplog.text.count("refuses a model from the cache") == 1, "the second start meets the new one"
+
+
+def test_an_encoder_replaced_after_opening_is_not_run(
+    package: EnginePackage, package_copy: Path, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DAPO_EDGE_CACHE", str(tmp_path / "cache"))
+    opened = EnginePackage.open(package_copy)
+    other = package_copy / "encoder.onnx"
+    other.write_bytes(other.read_bytes().replace(b"image_embedding", b"image_embeddinG"))
+    with pytest.raises(PackageDamaged, match="was replaced after the package was opened"):
+        OpenVinoBackend.open(opened, map_size="model")
+    assert not list((tmp_path / "cache").rglob("*.blob"))
+
+
+def test_no_home_makes_no_folder_called_tilde(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DAPO_EDGE_CACHE", "~nosuchuser/cache")
+    assert model_cache.folder() is None
+    assert not list(tmp_path.iterdir())
 
 
 def test_memory_stays_flat(package: EnginePackage) -> None:

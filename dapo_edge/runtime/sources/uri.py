@@ -14,7 +14,8 @@ from urllib.parse import parse_qsl, unquote
 from dapo_edge.errors import SourceError
 
 LOCAL_SCHEMES = ("dir", "file", "image", "synthetic")  # these have no host, so an "@" in them is no credential
-_SECRET_KEY = re.compile(r"((?:^|[?&;])(?:password|passwd|pwd|pass|pw|token|secret|key|user|username)=)[^&;]*", re.I)
+_SECRET_KEY = re.compile(r"([?&;](?:password|passwd|pwd|pass|pw|token|secret|key|user|username)=)[^&;]*", re.I)
+_FILE_NAME = re.compile(r"@[^@/]*\.[A-Za-z][A-Za-z0-9]{2,3}$")  # 10:30@cam1.png is a file, user:word@host is none
 _RESERVED = re.compile("[\x00-\x20\x7f%?\ud800-\udfff]")
 
 
@@ -53,21 +54,14 @@ def redact(uri: str) -> str:
     scheme, separator, rest = uri.partition("://")
     if not separator:
         scheme, rest = "", uri
-        if uri.startswith(("/", ".", "~")):
+        if uri.startswith(("/", ".", "~")) or _FILE_NAME.search(uri):
             return uri
     elif scheme.lower() in LOCAL_SCHEMES:
-        path, mark, query = uri.partition("?")
-        return path + mark + _SECRET_KEY.sub(r"\1***", query)
+        return _SECRET_KEY.sub(r"\1***", uri)
     head, at, tail = rest.rpartition("@")
     if at and (":" in head or (separator and "/" not in head)):
         rest = f"***@{tail}"
     return scheme + separator + _SECRET_KEY.sub(r"\1***", rest)
-
-
-def redact_text(text: str) -> str:
-    """A sentence that may hold URIs, also ones that were mangled into paths, with their credentials hidden."""
-    text = re.sub(r"\b([A-Za-z][A-Za-z0-9+.-]*:/{1,2})[^\s'\"/]*(?:/[^\s'\"@]*)?@", r"\1***@", text)
-    return re.sub(r"(?i)\b((?:password|passwd|pwd|pass|pw|token|secret)=)[^&;\s'\"]*", r"\1***", text)
 
 
 def path_of(body: str) -> Path:
