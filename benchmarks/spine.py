@@ -2,7 +2,7 @@
 
     python benchmarks/spine.py [--out FILE] [--rounds 5] [--full-size]
 
-`--full-size` also builds the released DAPO configuration, ViT-L/14 at 518 px: two minutes more, and 6 GB of memory.
+`--full-size` also builds the released DAPO configuration, ViT-L/14 at 518 px: two minutes more, and 7 GB of memory.
 
 Start-up times are medians of fresh processes. The two ViT-B/16 pipelines run in one process, in turn, by rounds, so
 that a machine that slows down slows both.
