@@ -1,4 +1,4 @@
-"""The released DAPO configuration at full size, with seeded weights: builds, runs, equals eager. Two minutes and 7 GB."""
+"""The released DAPO configuration at full size, seeded weights: builds, runs, equals eager. Two minutes and 7 GB."""
 
 from __future__ import annotations
 
