@@ -39,6 +39,9 @@ EXIT_INTERRUPTED = 130
 
 PACKAGE_PATH = click.Path(path_type=Path, readable=False)  # opening it says better what is wrong
 as_json = click.option("--json", "json_output", is_flag=True, help="Print JSON to stdout.")
+map_size_option = click.option(
+    "--map-size", help="model, frame, or WIDTHxHEIGHT; thresholds were made at the package's own size."
+)
 backend_option = click.option("--backend", default="openvino", show_default=True, help="Engine that runs the package.")
 precision_option = click.option(
     "--precision", type=click.Choice(["fp32", "fp16"]), help="Override the package's precision."
@@ -124,7 +127,7 @@ def build(recipe: Path | None, output: Path | None, schema: bool, print_demo_rec
 @click.argument("sources", nargs=-1, required=True)
 @click.option("--frames", type=click.IntRange(min=1), help="Inspect at most this many frames of each source.")
 @click.option("--out", type=click.Path(path_type=Path), help="Save overlays: a folder for PNG, or a file .mp4.")
-@click.option("--map-size", help="model, frame, or WIDTHxHEIGHT; thresholds were made at the package's own size.")
+@map_size_option
 @backend_option
 @precision_option
 @as_json
@@ -220,7 +223,7 @@ def doctor(package: Path | None, json_output: bool) -> None:
 @click.option("--source", default="synthetic://1920x1080@30", show_default=True, help="Frames to time.")
 @click.option("--frames", default=200, show_default=True, type=click.IntRange(min=1))
 @click.option("--warmup", default=20, show_default=True, type=click.IntRange(min=0))
-@click.option("--map-size", help="model, frame, or WIDTHxHEIGHT; thresholds were made at the package's own size.")
+@map_size_option
 @backend_option
 @precision_option
 @as_json

@@ -35,7 +35,6 @@ class OpenVinoBackend:
 
     def __init__(self, package: EnginePackage, model: Any, request: Any, map_size: MapSize) -> None:
         self._package = package
-        self._model = model
         self._request = request
         self._map_size = map_size
         manifest = package.manifest
@@ -116,7 +115,7 @@ class OpenVinoBackend:
 
     def close(self) -> None:
         """Drop the compiled model."""
-        self._request = self._model = None
+        self._request = None
 
     def __enter__(self) -> Self:
         return self

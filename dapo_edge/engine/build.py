@@ -9,7 +9,7 @@ import itertools
 import json
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +193,7 @@ def _passed_gate(job: _Job, draft: EnginePackage, thresholds: Thresholds) -> dic
         "reference": {"backend": "eager torch fp32", "encode_ms": eager_ms},
         "frames": {"source": recipe.gate.frames, "count": len(views)},
         "limits": recipe.gate.model_dump(mode="json"),
-        "precisions": {precision: gate.as_json(drift) for precision, drift in drifts.items()},
+        "precisions": {precision: asdict(drift) for precision, drift in drifts.items()},
     }
 
 

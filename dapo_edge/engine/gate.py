@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,11 +123,6 @@ def check_limits(precision: str, drift: Drift, limits: Gate) -> None:
         },
         "Nothing was written. Build with precision: fp32, or widen the limits under 'gate' if you can accept the drift",
     )
-
-
-def as_json(drift: Drift) -> dict[str, Any]:
-    """A drift as JSON values."""
-    return asdict(drift)
 
 
 def _refuse(what: str, kept: dict[str, bool], remedy: str) -> None:

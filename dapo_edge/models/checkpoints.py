@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 
 from dapo_edge.errors import RecipeError
+from dapo_edge.models.clip import first_sentence
 
 FORMAT = "dapo-edge dapo 1"
 
@@ -142,8 +143,6 @@ def _read_released(path: Path) -> Tuned:
             adapter_bias=_stacked(adapter, "fc.{}.bias"),
         )
     except Exception as error:  # a pickle of unknown content fails in any way it likes
-        from dapo_edge.models.clip import first_sentence
-
         raise RecipeError(
             f"'{path}' is not a released DAPO checkpoint ({first_sentence(error)})",
             "It needs the parts prompt_learner, visual_prompt and linear_adapter, and nothing but tensors inside",

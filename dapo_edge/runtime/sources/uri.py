@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote
 
-from dapo_edge.errors import SourceError
+from dapo_edge.errors import SourceError, did_you_mean
 
 LOCAL_SCHEMES = ("dir", "file", "image", "synthetic")  # these have no host, so an "@" in them is no credential
 _SECRET_KEY = re.compile(r"([?&;](?:password|passwd|pwd|pass|pw|token|secret|key|user|username)=)[^&;]*", re.I)
@@ -90,8 +89,7 @@ def options(uri: str, query: str, known: Mapping[str, Option]) -> dict[str, Any]
     remedy = f"Valid keys: {valid}" if known else "Leave out the '?' and what follows; a path's own '?' is written %3F"
     for key, text in parse_qsl(query, keep_blank_values=True):
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f"Did you mean '{near[0]}'? " if near else ""
+            hint = did_you_mean(key, known, cutoff=0.6)
             raise SourceError(f"'{redact(uri)}' has the unknown key '{key}'", hint + remedy)
         if key in values:
             raise SourceError(f"'{redact(uri)}' gives the key '{key}' twice", f"Keep one '{key}'")
