@@ -19,7 +19,7 @@ Box = tuple[int, int, int, int]  # x, y, width, height in pixels of the frame
 
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """What is really on a frame; only generated frames know it."""
+    """What is really on a picture; only generated and labelled ones know it."""
 
     types: NDArray[np.uint8]  # [H, W], index into `names`
     names: tuple[str, ...]  # row 0 is NORMAL, then the defect types
@@ -28,6 +28,35 @@ class Truth:
     def mask(self) -> NDArray[np.bool_]:
         """Defective pixels, [H, W] bool."""
         return self.types > 0
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """An image and what is really on it."""
+
+    image: NDArray[np.uint8]  # [H, W, 3] BGR
+    truth: Truth
+
+    @property
+    def types(self) -> NDArray[np.uint8]:
+        """[H, W] uint8: 0 is good, k is `names[k]`."""
+        return self.truth.types
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Row 0 is "normal", then the defect types that were asked for, in that order."""
+        return self.truth.names
+
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        """Defective pixels, [H, W] bool."""
+        return self.truth.mask
+
+    @property
+    def defects(self) -> tuple[str, ...]:
+        """Names of the defect types that are visible, in the order of `names`."""
+        counts = np.bincount(self.types.ravel(), minlength=len(self.names))
+        return tuple(name for name, count in zip(self.names[1:], counts[1:], strict=True) if count)
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from dapo_edge.data.brushes import Plane, Shape, colour, cv2, field, softened, tinted, unit_of
 from dapo_edge.data.flaws import DEFECTS, LIGHT_FROM
 from dapo_edge.data.materials import MATERIALS
-from dapo_edge.data.surfaces import Picture, check_world, draw_surface, light_gradient, stream
+from dapo_edge.data.surfaces import check_world, draw_surface, light_gradient, stream
 from dapo_edge.errors import RecipeError
-from dapo_edge.structures import NORMAL, Truth
+from dapo_edge.structures import NORMAL, Picture, Truth
 
 MIN_BELT_SIDE_PX = 64  # its parts are then just large enough for a surface
 CROSSING_S = 4.0  # seconds that a part takes through the camera's view

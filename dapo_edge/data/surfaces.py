@@ -18,7 +18,7 @@ from dapo_edge.data.brushes import Image, Plane, Shape, cv2, shape_of, softened,
 from dapo_edge.data.flaws import DEFECTS
 from dapo_edge.data.materials import MATERIALS, draw_material
 from dapo_edge.errors import RecipeError
-from dapo_edge.structures import NORMAL, Truth
+from dapo_edge.structures import NORMAL, Picture, Truth
 
 MIN_SIDE_PX = 32
 # A change of this many grey levels in one channel stands out from texture and noise.
@@ -34,35 +34,6 @@ _DEFECT_CAPTIONS = (
     "an inspection image of {} showing {}",
 )
 _MASS_NOUNS = ("rust",)
-
-
-@dataclass(frozen=True, eq=False)
-class Picture:
-    """A generated image and what is really on it."""
-
-    image: NDArray[np.uint8]  # [H, W, 3] BGR
-    truth: Truth
-
-    @property
-    def types(self) -> NDArray[np.uint8]:
-        """[H, W] uint8: 0 is good, k is `names[k]`."""
-        return self.truth.types
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Row 0 is "normal", then the defect types that were asked for, in that order."""
-        return self.truth.names
-
-    @property
-    def mask(self) -> NDArray[np.bool_]:
-        """Defective pixels, [H, W] bool."""
-        return self.truth.mask
-
-    @property
-    def defects(self) -> tuple[str, ...]:
-        """Names of the defect types that are visible, in the order of `names`."""
-        counts = np.bincount(self.types.ravel(), minlength=len(self.names))
-        return tuple(name for name, count in zip(self.names[1:], counts[1:], strict=True) if count)
 
 
 @dataclass(frozen=True, eq=False)
