@@ -14,10 +14,12 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from dapo_edge.data.brushes import Plane, Shape, colour, cv2, field, softened, tinted, unit_of
-from dapo_edge.data.flaws import DEFECTS, LIGHT_FROM
+from dapo_edge.data.brushes import cv2, softened
+from dapo_edge.data.camera import light_gradient
+from dapo_edge.data.flaws import DEFECTS
 from dapo_edge.data.materials import MATERIALS
-from dapo_edge.data.surfaces import check_world, draw_surface, light_gradient, stream
+from dapo_edge.data.parts import Placing, lay_down, rubber
+from dapo_edge.data.surfaces import check_world, draw_surface, stream
 from dapo_edge.errors import RecipeError
 from dapo_edge.structures import NORMAL, Picture, Truth
 
@@ -71,7 +73,7 @@ class Belt:
         self._defects = tuple(defects)
         self._good_share = good_share
         self._max_defects = max_defects
-        self._pitch_px = round(0.8 * min(size))
+        self._pitch_px = min(size)
         self._light, self._bright, self._dark = self._camera()
         visible = math.ceil(size[0] / self._pitch_px) + 1
         self._slot = lru_cache(maxsize=visible + 2)(self._draw_slot)
@@ -118,53 +120,20 @@ class Belt:
         return cv2().subtract(lit, self._dark[area], lit)
 
     def _draw_slot(self, number: int) -> _Slot:
-        """Slot `number` of the world: rubber, the part's shadow, the part with its bevelled edge."""
+        """Slot `number` of the world: rubber, the part's shadow, the part."""
         rng = stream(self._seed, _PART, number)
         shape = (self.size[1], self._pitch_px)
-        height, width = (round(rng.uniform(0.58, 0.72) * self._pitch_px / 0.8) for _ in range(2))
-        left = round(rng.uniform(0.2, 0.8) * (shape[1] - width))
-        top = round(rng.uniform(0.25, 0.75) * (shape[0] - height))
+        placing = Placing.drawn(rng, shape)
         surface = draw_surface(
             int(rng.integers(2**63)),
-            (width, height),
+            placing.size,
             materials=self._materials,
             defects=self._defects,
             good_share=self._good_share,
             max_defects=self._max_defects,
         )
-        depth = _plate_depth((height, width), rng.uniform(0.06, 0.16) * min(height, width))
-        cover = np.clip(depth + 0.5, 0, 1)
-        unit = unit_of((height, width))
-
-        area = (slice(top, top + height), slice(left, left + width))
-        on_belt = np.zeros(shape, np.float32)
-        on_belt[area] = cover
-        shadow = np.roll(softened(on_belt, 3 * unit), round(2 * unit), axis=(0, 1))
-        image = self._rubber(number, shape) * (1 - 0.6 * shadow)[..., None]
-        bevel = np.where(surface.truth.mask, 0, _bevel(depth, 1.5 * unit))
-        plate = surface.image + bevel[..., None]
-        image[area] += cover[..., None] * (plate - image[area])
-        types = np.zeros(shape, np.uint8)
-        types[area] = np.where(cover > 0.5, surface.truth.types, 0)
+        belt = rubber(stream(self._seed, _BELT, number), shape)
+        image, types = lay_down(surface.image, surface.truth, placing, belt)
         # The half turns the conversion's truncation into rounding.
         pixels = np.clip(softened(image, 0.6) + 0.5, 0, 255).astype(np.uint8)
         return _Slot(pixels, types)
-
-    def _rubber(self, number: int, shape: Shape) -> NDArray[np.float32]:
-        grain = field(stream(self._seed, _BELT, number), shape, unit_of(self.size), 1.5)
-        return tinted(colour(40, 38, 36), 1.5 * grain)
-
-
-def _plate_depth(shape: Shape, corner_px: float) -> Plane:
-    """Distance in pixels from the edge of a plate with rounded corners, positive inside, [H, W]."""
-    y, x = (np.abs(np.arange(n, dtype=np.float32) - (n - 1) / 2) - n / 2 + 1 + corner_px for n in shape)
-    outside = np.hypot(np.maximum(x, 0)[None, :], np.maximum(y, 0)[:, None])
-    inside = np.minimum(np.maximum(x[None, :], y[:, None]), 0)
-    return (corner_px - outside - inside).astype(np.float32)
-
-
-def _bevel(depth: Plane, width_px: float) -> Plane:
-    """Light on the rim of a plate, in grey levels: bright where it faces the lamp, dark where it faces away."""
-    slope_y, slope_x = np.gradient(depth)
-    facing = -(slope_x * math.cos(LIGHT_FROM) + slope_y * math.sin(LIGHT_FROM))
-    return (45 * facing * np.clip(1.3 - depth / width_px, 0, 1)).astype(np.float32)

@@ -42,6 +42,10 @@ def _angle(rng: np.random.Generator) -> float:
     return rng.uniform(0, 2 * math.pi)
 
 
+def _sign(rng: np.random.Generator) -> float:
+    return 1.0 if rng.random() < 0.5 else -1.0
+
+
 def _line(rng: np.random.Generator, centre: tuple[float, float], length_px: float, bend: float) -> Points:
     """A gently bent line of 13 points through `centre`."""
     path = walk(rng, (0, 0), _angle(rng), 12, length_px / 12, bend)
@@ -217,6 +221,149 @@ def burn(rng: np.random.Generator, image: Image, unit: float) -> Drawn:
     return blend(image, np.clip(1.6 * heat, 0, 0.96), between(colour(16, 52, 98), colour(8, 9, 10), char)), heat
 
 
+def _moved(plane: Plane, step_px: float) -> Plane:
+    """The plane, shifted to the lower right; its border is repeated."""
+    shift = np.array([[1, 0, step_px], [0, 1, step_px]])
+    return cv2().warpAffine(plane, shift, plane.shape[::-1], borderMode=cv2().BORDER_REPLICATE)
+
+
+def bent(rng: np.random.Generator, image: Image, unit: float) -> Drawn:
+    """A kink: the pattern is pushed aside along a straight crease, bright on one side and dark on the other."""
+    centre, radius, angle = place(rng, shape_of(image)), rng.uniform(34, 44) * unit, _angle(rng)
+    area, dx, dy = window(shape_of(image), centre, radius)
+    along = dx * math.cos(angle) + dy * math.sin(angle)
+    across = (dy * math.cos(angle) - dx * math.sin(angle)) / 0.7
+    inside = np.clip(1 - along**2, 0, 1) * np.clip(1 - np.abs(across), 0, 1)
+    push = inside * (_sign(rng) * rng.uniform(9, 12) * unit)
+    from_x = dx * radius + centre[0] + push * math.cos(angle)
+    from_y = dy * radius + centre[1] + push * math.sin(angle)
+    pushed = cv2().remap(image, from_x, from_y, cv2().INTER_LINEAR, borderMode=cv2().BORDER_REFLECT)
+    lit = -1 if math.sin(LIGHT_FROM - angle) < 0 else 1  # the side of the crease that faces the light
+    flank = np.clip(across * 0.7 * radius / max(0.8 * unit, 0.7), -1, 1) * lit
+    shade = np.clip(1.3 * inside, 0, 0.9) * flank * rng.uniform(0.42, 0.55)
+    altered, mask = image.copy(), np.zeros(shape_of(image), np.float32)
+    mask[area] = np.clip(5 * inside, 0, 1)
+    altered[area] = blend(image[area], mask[area], pushed + shade[..., None] * (pushed + 45))
+    return altered, mask
+
+
+def contamination(rng: np.random.Generator, image: Image, unit: float) -> Drawn:
+    """Dirt of all kinds: angular crumbs, short bits of fibre and a haze of dust."""
+    shape = shape_of(image)
+    x, y = place(rng, shape)
+    patch = softened(filled(shape, outline(rng, (x, y), rng.uniform(18, 24) * unit, 0.3)), 4 * unit)
+    haze = np.clip(patch * (0.75 + 0.5 * field(rng, shape, unit, 6, 4, 0.8)), 0, 1)
+    level = tone(image, patch)
+    dust = colour(178, 190, 196) if level < _OVER_DARK + 15 else colour(84, 94, 100)
+    altered, mask = blend(image, 0.6 * haze, dust), haze
+    pale, dark = (colour(150, 190, 214), colour(228, 236, 238)), (colour(20, 28, 40), colour(28, 50, 84))
+    paints = pale if level < _OVER_DARK - 20 else dark
+    for number, paint in enumerate(paints):
+        bits = np.zeros(shape, np.uint8)
+        for _ in range(int(rng.integers(5, 8)) - 2 * number):
+            angles = np.sort(rng.uniform(0, 2 * np.pi, 7))
+            radii = rng.uniform(1.2, 4.6) * unit * rng.uniform(0.6, 1.3, 7)
+            spot_x, spot_y = x + 13 * rng.normal() * unit, y + 13 * rng.normal() * unit
+            corners = np.stack([spot_x + radii * np.cos(angles), spot_y + radii * np.sin(angles)], axis=1)
+            cv2().fillPoly(bits, [np.round(16 * corners).astype(np.int32)], 255, cv2().LINE_AA, 4)
+        fibres = [
+            _line(rng, (x, y), rng.uniform(9, 15) * unit, 0.2) + 12 * unit * rng.normal(0, 1, 2) for _ in range(2)
+        ]
+        cover = np.maximum(bits.astype(np.float32) / 255, stroked(shape, fibres, unit))
+        altered, mask = blend(altered, cover, paint), np.maximum(mask, cover)
+    return altered, mask
+
+
+def misprint(rng: np.random.Generator, image: Image, unit: float) -> Drawn:
+    """A code, bars or an arrow in ink, printed twice out of register or smeared."""
+    shape = shape_of(image)
+    plate = np.zeros((112, 176), np.uint8)  # two pixels per unit
+    kind, code = int(rng.integers(3)), "".join(rng.choice(list("ABCDEFHKLMNPRSTUXYZ2345678"), 5))
+    if kind == 0:
+        cv2().putText(plate, "".join(rng.choice(list("0123456789"), 5)), (26, 52), 0, 1.4, 255, 4, cv2().LINE_AA)
+    elif kind == 1:
+        for left, wide in zip(range(28, 146, 9), rng.choice((2, 4, 6), 14).tolist(), strict=True):
+            plate[12:60, left : left + wide] = 255
+    else:
+        cv2().arrowedLine(plate, (28, 36), (146, 36), 255, 7, cv2().LINE_AA, 0, 0.2)
+    cv2().putText(plate, code, (26, 100), 0, 1.4, 255, 4, cv2().LINE_AA)
+    shift = rng.uniform(7, 11), rng.uniform(6, 10) * _sign(rng)
+    smear = cv2().blur(plate, (17, 1), anchor=(15, 0)) if rng.random() < 0.5 else plate
+    ghost = cv2().warpAffine(smear, np.array([[1, 0, shift[0]], [0, 1, shift[1]]]), plate.shape[::-1])
+    ink = np.maximum(plate, 0.7 * ghost).astype(np.float32) / 255
+    turn = cv2().getRotationMatrix2D((88, 60), rng.uniform(-25, 25), unit / 2)
+    turn[:, 2] += np.array(place(rng, shape)) - (88, 60)
+    mask = cv2().warpAffine(softened(ink, 0.5 / unit), turn, shape[::-1])
+    level = tone(image, mask)
+    inks = (colour(30, 24, 24), colour(110, 24, 20)) if level > _OVER_DARK else (colour(240, 240, 240),) * 2
+    return blend(image, 0.95 * mask, inks[rng.integers(2)]), mask
+
+
+def chip(rng: np.random.Generator, image: Image, unit: float) -> Drawn:
+    """A flake broken out of the surface: flat facets that meet in ridges, fine ripples, a raw rim."""
+    shape, centre = shape_of(image), np.array(place(rng, shape_of(image)))
+    angles = np.linspace(0, 2 * np.pi, 14, endpoint=False) + rng.uniform(-0.15, 0.15, 14)
+    ray = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    edge = centre + (rng.uniform(14, 25, 7).repeat(2) * rng.uniform(0.8, 1.05, 14) * unit)[:, None] * ray
+    corners, apex = edge[::2], centre + rng.uniform(-6, 6, 2) * unit
+    mask = filled(shape, edge)
+    level = tone(image, mask)
+    hue = colour(*cv2().mean(image, (mask > 0).astype(np.uint8))[:3]) / max(level, 1)
+    fracture = level + 45 if level < _OVER_DARK + 10 else level - 50
+    facets = np.full(shape, fracture, np.float32)
+    for first, second in zip(corners, np.roll(corners, -1, axis=0), strict=True):
+        side = (first + second) / 2 - apex
+        facing = -math.cos(math.atan2(side[1], side[0]) - LIGHT_FROM)
+        flat = filled(shape, np.stack([first, second, apex]))
+        facets += flat * (fracture + 42 * facing + rng.uniform(-16, 16) - facets)
+    area, dx, dy = window(shape, (corners[0][0], corners[0][1]), 48 * unit)
+    facets[area] += 7 * np.sin(70 * np.sqrt(dx**2 + dy**2))
+    far = np.maximum(mask - filled(shape, edge - 1.3 * unit), 0)
+    near = np.maximum(mask - filled(shape, edge + 1.3 * unit), 0)
+    flake = cv2().merge([facets * share for share in (0.4 + 0.6 * hue).tolist()])
+    flake = blend(blend(flake, near, colour(16, 16, 18)), far, colour(238, 242, 244))
+    return blend(image, mask, flake), mask
+
+
+def discolouration(rng: np.random.Generator, image: Image, unit: float) -> Drawn:
+    """A wide area of another tone, faded or yellowed, without an edge; the texture is all there."""
+    shape = shape_of(image)
+    area, dx, dy = window(shape, place(rng, shape), rng.uniform(36, 46) * unit)
+    clouds = field(rng, shape, unit, 22)[area]
+    share = np.clip(np.clip(1 - dx**2 - dy**2, 0, 1) * (1.3 + 0.55 * clouds), 0, 1)
+    share = share * share * (3 - 2 * share)
+    altered, mask = image.copy(), np.zeros(shape, np.float32)
+    mask[area] = share
+    bleach = ((58, 50, 40), (30, 48, 66), (64, 44, 62))
+    fade = ((0.52, 0.8, 0.9), (0.7, 0.66, 0.84), (0.6, 0.74, 0.72), (0.82, 0.74, 0.64))
+    pick = int(rng.integers(12))
+    if tone(image, np.maximum(mask - 0.5, 0)) < _OVER_DARK:
+        changed = 0.95 * image[area] + colour(*bleach[pick % 3])
+    else:
+        changed = image[area] * colour(*fade[pick % 4])
+    altered[area] = blend(image[area], share, changed)
+    return altered, mask
+
+
+def glue(rng: np.random.Generator, image: Image, unit: float) -> Drawn:
+    """A bead or a blob of dried glue: clear amber or milky, with wet white glints and a soft shadow."""
+    shape = shape_of(image)
+    length, width = ((60, 11), (14, 24))[rng.integers(2)]
+    path = _line(rng, place(rng, shape), length * unit, 0.12)
+    thick = softened(stroked(shape, [path], width * rng.uniform(0.9, 1.15) * unit), 2.5 * unit)
+    lumps = 0.16 * field(rng, shape, unit, 11)
+    body = np.clip((thick + lumps - 0.42) * max(4 * unit, 1.5), 0, 1) * (thick > 0.08)
+    dome = softened(body, 2.2 * unit)
+    slope = _moved(dome, -1.5 * unit) - dome
+    glint = np.exp(-(((dome - 0.8) / 0.13) ** 2)) * np.clip(9 * slope - 0.3, 0, 1) * body
+    kind = 0 if tone(image, body) > _OVER_DARK + 55 else int(rng.integers(2))  # milky glue does not show on white
+    resin, clear = ((colour(34, 116, 196), 0.6), (colour(214, 224, 226), 0.55))[kind]
+    shadow = np.maximum(softened(_moved(body, 2 * unit), 1.2 * unit) - body, 0)
+    gel: Image = blend(image, clear * body, resin) - (body * (190 * slope + 45 * (1 - dome)))[..., None]
+    gel = blend(blend(gel, 0.55 * shadow, colour(0, 0, 0)), glint, colour(255, 255, 255))
+    return gel, np.maximum(body, shadow)
+
+
 DEFECTS: dict[str, Callable[[np.random.Generator, Image, float], Drawn]] = {
     "scratch": scratch,
     "hole": hole,
@@ -230,4 +377,10 @@ DEFECTS: dict[str, Callable[[np.random.Generator, Image, float], Drawn]] = {
     "missing piece": missing_piece,
     "thread": thread,
     "burn": burn,
+    "bent": bent,
+    "contamination": contamination,
+    "misprint": misprint,
+    "chip": chip,
+    "discolouration": discolouration,
+    "glue": glue,
 }

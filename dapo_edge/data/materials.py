@@ -10,11 +10,13 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dapo_edge.data.brushes import (
     Colour,
     Image,
     Plane,
+    Points,
     Shape,
     between,
     blend,
@@ -29,6 +31,8 @@ from dapo_edge.data.brushes import (
 
 # B, G, R of things that come in any colour: saturated, none of them dark.
 PAINTS = ((190, 120, 40), (60, 150, 70), (60, 70, 190), (50, 170, 215), (175, 165, 70), (150, 90, 150), (60, 125, 225))
+# B, G, R of the chips in terrazzo.
+STONES = ((84, 84, 86), (92, 108, 150), (110, 150, 190), (96, 120, 92), (204, 208, 210), (148, 132, 112), (74, 82, 128))
 
 
 def _coordinates(shape: Shape, unit: float) -> tuple[Plane, Plane]:
@@ -196,6 +200,151 @@ def painted_steel(rng: np.random.Generator, shape: Shape, unit: float) -> Image:
     return tinted(_paint(rng) * 0.9, 4.5 * field(rng, shape, unit, 2.6, 2) + seam + rivets)
 
 
+def _lit(height: Plane, unit: float) -> Plane:
+    """Slopes of a relief (units) that face a lamp at the upper left, as rise per unit."""
+    kernel = np.diag(np.array([-0.35, 0, 0.35], np.float32)) * unit
+    return cv2().filter2D(height, -1, kernel)
+
+
+def glass(rng: np.random.Generator, shape: Shape, unit: float) -> Image:
+    """A smooth greenish sheet with a bevelled edge, which reflects a window and a strip lamp."""
+    x, y = _coordinates(shape, unit)
+    size_x, size_y = shape[1] / unit, shape[0] / unit
+    wobble = 0.7 * field(rng, shape, unit, 30)
+    across = x - size_x * rng.uniform(0.3, 0.75) + (y - size_y / 2) * rng.uniform(-0.4, 0.4) + wobble
+    down = y - size_y * rng.uniform(0.3, 0.7) + wobble
+    # Two by two panes; the bars between them stay dark.
+    half_x, half_y, bar = rng.uniform(13, 22), rng.uniform(17, 28), 1.6
+    panes_x = np.clip(0.5 * np.minimum(half_x - np.abs(across), np.abs(across) - bar) + 0.5, 0, 1)
+    panes_y = np.clip(0.5 * np.minimum(half_y - np.abs(down), np.abs(down) - bar) + 0.5, 0, 1)
+    slant = (across + down * rng.uniform(0.5, 1.2)) / rng.uniform(40, 60) + rng.uniform(0, 6.3)
+    grain = panes_x * panes_y * (34 + 0.4 * down) + 12 * np.sin(slant) + 16 * np.exp(-90 * np.cos(slant / 2) ** 2)
+    inside = x - rng.uniform(14, 26)  # units from the rim of the sheet
+    bevel = rng.uniform(6, 9)
+    grain += np.where(inside < bevel, -14 - 3 * (bevel - inside), 0) + 45 * np.exp(-(((inside - bevel) / 0.6) ** 2))
+    tint = rng.uniform(152, 178) + colour(rng.uniform(0, 10), rng.uniform(4, 9), rng.uniform(-16, -8))
+    rim = np.clip(0.5 - inside, 0, 1) * np.ones_like(grain)
+    behind = between(colour(84, 108, 76), colour(128, 128, 128), np.clip(-inside / 3 - 1, 0, 1) * np.ones_like(grain))
+    return blend(tinted(tint, grain), rim, behind)
+
+
+def rubber(rng: np.random.Generator, shape: Shape, unit: float) -> Image:
+    """A matt dark mat, moulded with lozenges, studs or ribs."""
+    x, y = _coordinates(shape, unit)
+    # Below 6 pixels per stud the relief would turn into moiré.
+    pitch = max(rng.uniform(9, 13), 6 / unit)
+    x, y = x / pitch + rng.uniform(0, 1), y / pitch + rng.uniform(0, 1)
+    column, row = (x + 0.5 * (np.floor(y) % 2)) % 1 - 0.5, y % 1 - 0.5
+    kind = rng.integers(3)
+    if kind == 0:  # bars that lean left and right by turns, as on chequer plate
+        lean = np.where((np.floor(x) + np.floor(y)) % 2 > 0, 1, -1)
+        bar = x % 1 - 0.5
+        inside = 0.5 - np.abs(bar + lean * row) * 2.1 - np.abs(bar - lean * row) * 0.55
+    elif kind == 1:
+        inside = 0.34 - np.sqrt(column**2 + row**2)
+    else:
+        inside = 0.27 - np.abs(row) + 0 * x
+    relief = 1.5 * np.clip(inside * 7, 0, 1).astype(np.float32)
+    grain = 6 * relief + 38 * _lit(softened(relief, 0.35 * unit), unit) + 3 * field(rng, shape, unit, 1.5, 2)
+    base = rng.uniform(62, 78)
+    return tinted(
+        colour(base + rng.uniform(0, 4), base, base - rng.uniform(0, 3)), grain + 2 * field(rng, shape, unit, 30)
+    )
+
+
+def carpet(rng: np.random.Generator, shape: Shape, unit: float) -> Image:
+    """Rows of coarse yarn loops, each of its own shade between two dyes."""
+    x, y = _coordinates(shape, unit)
+    # Below 4 pixels per loop the rows would turn into moiré.
+    pitch = max(rng.uniform(4.2, 5.5), 4 / unit)
+    bend = field(rng, shape, unit, 8)
+    row = y / pitch + 0.13 * bend
+    tuft = np.floor(row).astype(np.intp) % 64
+    table = child(rng).normal(0, 1, (65, 64)).astype(np.float32)
+    along = 0.8 * x / pitch + 0.6 * table[64][tuft] + 0.12 * bend
+    loop = np.floor(along).astype(np.intp) % 64
+    across, down = along - np.floor(along) - 0.5, row - np.floor(row) - 0.5
+    # Loops lean over, and their upper side catches the light.
+    pile = 1 - 2.6 * (across + 0.35 * down) ** 2 - 3 * down**2 - 0.45 * down
+    shade = table[tuft, loop]
+    share = np.clip(0.5 + 0.45 * shade + 0.25 * field(rng, shape, unit, 24, 2), 0, 1)
+    dye = _paint(rng) * 0.5 + 85
+    second = dye * 0.6 + 25 if rng.random() < 0.5 else colour(150, 168, 178)
+    pile = pile + 0.05 * shade + 0.1 * field(rng, shape, unit, (1, 2), 2)
+    return between(dye, second, share) * np.clip(pile, 0.45, 1.15)[..., None]
+
+
+def machined_part(rng: np.random.Generator, shape: Shape, unit: float) -> Image:
+    """Bare metal with turned or milled tool marks, and hexagon socket screws around a shallow pocket or slot."""
+    x, y = _coordinates(shape, unit)
+    middle = rng.uniform(0.38, 0.62, 2) * [shape[1] / unit, shape[0] / unit]
+    x, y = x - float(middle[0]), y - float(middle[1])
+    sunk = np.zeros(shape, np.uint8)
+
+    def fixed(points: Points) -> NDArray[np.int32]:
+        return np.round((points + middle) * unit * 16).astype(np.int32)
+
+    def disc(at: Points, radius: float, depth: int, line: float = 0) -> None:
+        thickness = max(1, round(line * unit)) if line else -1
+        cv2().circle(sunk, fixed(at).tolist(), round(radius * unit * 16), depth, thickness, cv2().LINE_AA, 4)
+
+    marks = rng.normal(0, 1, 1024).astype(np.float32)
+    turns = np.linspace(0, 2 * np.pi, 6, endpoint=False) + rng.uniform(0, 1)
+    circle = np.stack([np.cos(turns), np.sin(turns)], axis=1)
+    if rng.random() < 0.5:
+        travel = np.sqrt(x**2 + y**2)
+        sheen = 14 * np.sin(2 * np.arctan2(y, x) + rng.uniform(0, 6.3))
+        bolts = circle * rng.uniform(32, 40)
+        disc(np.zeros(2), rng.uniform(13, 18), 80)
+        disc(np.zeros(2), rng.uniform(5, 9), 120, 1.2)
+        disc(np.zeros(2), rng.uniform(46, 56), 110, 1.5)
+    else:
+        swath = rng.uniform(24, 34)
+        travel = 1000 + x - np.sqrt(swath**2 - (y % swath - swath / 2) ** 2)
+        sheen = 5 * np.sin(2.4 * np.floor(y / swath)) + 0 * x
+        bolts = np.array([(-1, -1), (-1, 1), (1, -1), (1, 1)]) * rng.uniform(28, 38, 2)
+        ends = fixed(np.array([(-16, 0), (16, 0)]))
+        cv2().polylines(sunk, [ends], False, 80, max(1, round(12 * unit)), cv2().LINE_AA, 4)
+    for bolt in bolts:
+        disc(bolt, 8, 90)
+        disc(bolt, 6.6, 30)
+        cv2().fillPoly(sunk, [fixed(bolt + 3.4 * circle)], 160, cv2().LINE_AA, 4)
+    relief = softened(sunk.astype(np.float32), 0.4 * unit)
+    grain = (9 * marks[(travel / 0.8).astype(np.intp) % 1024] + sheen) * (1 - relief / 200)
+    base = rng.uniform(158, 188)
+    grain += 2.5 * field(rng, shape, unit, 1.5) - 0.36 * relief - 0.7 * _lit(relief, unit)
+    return tinted(colour(base + rng.uniform(0, 8), base, base - rng.uniform(0, 6)), grain)
+
+
+def terrazzo(rng: np.random.Generator, shape: Shape, unit: float) -> Image:
+    """Polished stone: angular chips of several colours and sizes in a light cement."""
+    pitch = rng.uniform(7.5, 10) * max(unit, 0.5)
+    rows, columns = math.ceil(shape[0] / pitch) + 1, math.ceil(shape[1] / pitch) + 1
+    # One table, repeated: the chips of a scene do not depend on how many fit into it.
+    numbers = child(rng).uniform(-0.48, 0.48, (32, 32, 3)).astype(np.float32)
+    table = numbers[np.arange(rows)[:, None] % 32, np.arange(columns) % 32]
+    seeds = (np.moveaxis(np.mgrid[:rows, :columns], 0, -1) + table[..., :2]) * pitch
+    seeds = np.clip(np.round(seeds), 0, np.array(shape) - 1).astype(np.intp)
+    empty = np.ones(shape, np.uint8)
+    empty[seeds[..., 0], seeds[..., 1]] = 0
+    _, cells = cv2().distanceTransformWithLabels(empty, cv2().DIST_L2, 5, labelType=cv2().DIST_LABEL_PIXEL)
+    # One number 0..1 per cell: its first digit chooses the stone, its later digits the chip's size and shade.
+    draw = np.zeros(cells.max() + 1, np.float32)
+    draw[cells[seeds[..., 0], seeds[..., 1]]] = table[..., 2] / 0.96 + 0.5
+    inner = np.ones(shape, np.uint8)
+    inner[:, 1:] &= cells[:, 1:] == cells[:, :-1]
+    inner[1:] &= cells[1:] == cells[:-1]
+    depth = cv2().distanceTransform(inner, cv2().DIST_L2, 5) / unit
+    chip = np.clip((depth + 0.5 / unit - 0.6 - 2.6 * (draw * 37 % 1)[cells] ** 2) * max(unit, 1), 0, 1)
+    stones = colour(*rng.uniform(0.95, 1.05, 3)) * np.array(STONES, np.float32)
+    stones = stones[rng.permutation(len(STONES))[:5]]
+    paint = stones[np.minimum((draw * 5).astype(np.intp), 4)] * (0.9 + 0.2 * (draw * 91 % 1))[:, None]
+    cement = tinted(colour(186, 196, 200) * rng.uniform(0.93, 1.05), 3 * field(rng, shape, unit, 12, 3))
+    grit = np.clip(1.5 * field(rng, shape, unit, 1.8) - 1.9, 0, 0.6)
+    cement = blend(cement, grit, colour(112, 122, 130))
+    return blend(cement, chip, paint[cells] + 4 * field(rng, shape, unit, 2, 2)[..., None])
+
+
 MATERIALS: dict[str, Callable[[np.random.Generator, Shape, float], Image]] = {
     "brushed metal": brushed_metal,
     "wood": wood,
@@ -207,6 +356,11 @@ MATERIALS: dict[str, Callable[[np.random.Generator, Shape, float], Image]] = {
     "paper": paper,
     "circuit board": circuit_board,
     "painted steel": painted_steel,
+    "glass": glass,
+    "rubber": rubber,
+    "carpet": carpet,
+    "machined part": machined_part,
+    "terrazzo": terrazzo,
 }
 
 

@@ -1,22 +1,25 @@
-"""A procedural inspection world: pictures of ten materials, good or with defects, whose every pixel is known.
+"""A procedural inspection world: pictures of many materials, good or with defects, whose every pixel is known.
 
-The picture of a seed is drawn in three steps, each with random numbers of its own: the material, the defects on it, and
-the camera (light, blur, noise). So the same seed with `good_share=1` shows the same surface without its defects, and
-the same seed at another size shows the same scene.
+The picture of a seed is drawn in steps, each with random numbers of its own: the material, the defects on it, what
+lies around it, and the camera (light, blur, noise). So the same seed with `good_share=1` shows the same surface
+without its defects, and the same seed at another size shows the same scene.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dapo_edge.data.brushes import Image, Plane, Shape, cv2, shape_of, softened, unit_of
+from dapo_edge.data.brushes import Image, Plane, cv2, unit_of
+from dapo_edge.data.camera import photograph
+from dapo_edge.data.captions import Caption, write_caption
 from dapo_edge.data.flaws import DEFECTS
 from dapo_edge.data.materials import MATERIALS, draw_material
+from dapo_edge.data.parts import SMALLEST, Placing, lay_down, rubber
 from dapo_edge.errors import RecipeError
 from dapo_edge.structures import NORMAL, Picture, Truth
 
@@ -24,24 +27,18 @@ MIN_SIDE_PX = 32
 # A change of this many grey levels in one channel stands out from texture and noise.
 VISIBLE_LEVELS = 8
 
-_SCENE, _MATERIAL, _CAMERA, _FIRST_DEFECT = range(4)
+Framing = Literal["surface", "part"]
 
-_GOOD_CAPTIONS = ("flawless {}", "a close-up photo of {}", "a photo of {} without a defect", "perfect {}", "intact {}")
-_DEFECT_CAPTIONS = (
-    "a close-up photo of {} with {}",
-    "{} with {}",
-    "a photo of damaged {} with {}",
-    "an inspection image of {} showing {}",
-)
-_MASS_NOUNS = ("rust",)
+_SCENE, _MATERIAL, _CAMERA, _FIRST_DEFECT = range(4)
+_CAPTION, _PLACING = range(2)  # below _SCENE
 
 
 @dataclass(frozen=True, eq=False)
 class Surface(Picture):
-    """A picture of one material, which fills it."""
+    """A picture of one material, and a sentence about it."""
 
     material: str
-    caption: str
+    caption: Caption
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,14 +63,20 @@ def make_surface(
     defects: Sequence[str] = tuple(DEFECTS),
     good_share: float = 0.3,
     max_defects: int = 1,
+    framing: Framing = "surface",
+    shift: str | None = None,
 ) -> Surface:
-    """The surface of `seed` at `size` (width, height) in pixels: good, or with 1 to `max_defects` types of defect."""
-    drawing = draw_surface(
-        seed, size, materials=materials, defects=defects, good_share=good_share, max_defects=max_defects
-    )
-    image = _photograph(drawing.image, stream(seed, _CAMERA))
+    """The picture of `seed` at `size` (width, height) in pixels: good, or with 1 to `max_defects` types of defect.
+
+    With `framing="surface"` the material fills it; with "part" a plate of the material lies on the belt. `shift` names
+    one of `camera.SHIFTS`. Raises `RecipeError` for a world that can't be made.
+    """
+    draw = draw_surface if framing == "surface" else _draw_part
+    drawing = draw(seed, size, materials=materials, defects=defects, good_share=good_share, max_defects=max_defects)
+    image = photograph(drawing.image, stream(seed, _CAMERA), shift)
     found = Picture(image, drawing.truth).defects
-    return Surface(image, drawing.truth, drawing.material, _caption(seed, drawing.material, found))
+    caption = write_caption(stream(seed, _SCENE, _CAPTION), drawing.material, found)
+    return Surface(image, drawing.truth, drawing.material, caption)
 
 
 def draw_surface(
@@ -85,7 +88,7 @@ def draw_surface(
     good_share: float,
     max_defects: int,
 ) -> Drawing:
-    """As `make_surface`, but without the camera."""
+    """A surface that fills the picture, before the camera."""
     check_world(seed, size, materials, defects, good_share, max_defects)
     width, height = size
     rng = stream(seed, _SCENE)
@@ -102,35 +105,34 @@ def draw_surface(
     return Drawing(image, Truth(types, (NORMAL, *defects)), material)
 
 
+def _draw_part(
+    seed: int,
+    size: tuple[int, int],
+    *,
+    materials: Sequence[str],
+    defects: Sequence[str],
+    good_share: float,
+    max_defects: int,
+) -> Drawing:
+    """A part on the belt, before the camera."""
+    smallest = round(MIN_SIDE_PX / SMALLEST) + 1
+    if min(size) < smallest:
+        raise RecipeError(
+            f"a part can't be drawn in {size[0]} x {size[1]} pixels", f"Use at least {smallest} x {smallest}"
+        )
+    rng, shape = stream(seed, _SCENE, _PLACING), (size[1], size[0])
+    placing = Placing.drawn(rng, shape)
+    plate = draw_surface(
+        seed, placing.size, materials=materials, defects=defects, good_share=good_share, max_defects=max_defects
+    )
+    image, types = lay_down(plate.image, plate.truth, placing, rubber(rng, shape))
+    return Drawing(image, Truth(types, plate.truth.names), plate.material)
+
+
 def _visible(before: Image, after: Image, soft: Plane) -> NDArray[np.bool_]:
     """The truth of one defect: its core, and its fringe as far as it can be seen."""
     change = cv2().absdiff(before, after).max(axis=2)
     return (soft > 0.5) | ((soft > 0) & (change > VISIBLE_LEVELS))
-
-
-def light_gradient(rng: np.random.Generator, shape: Shape) -> Plane:
-    """Brightness of a lamp that stands to one side, [H, W] around 1."""
-    angle, strength = rng.uniform(0, 2 * math.pi), rng.uniform(0.08, 0.3)
-    x = np.linspace(-0.5, 0.5, shape[1], dtype=np.float32) * (strength * math.cos(angle))
-    y = np.linspace(-0.5, 0.5, shape[0], dtype=np.float32) * (strength * math.sin(angle))
-    return np.add.outer(y + rng.uniform(0.94, 1.06), x)
-
-
-def _photograph(image: Image, rng: np.random.Generator) -> NDArray[np.uint8]:
-    lit = image * light_gradient(rng, shape_of(image))[..., None]
-    photo = softened(lit, rng.uniform(0.3, 0.75))
-    photo += rng.standard_normal(photo.shape, dtype=np.float32) * rng.uniform(1, 3.5)
-    # Adding one half turns truncation into rounding.
-    return np.clip(photo + 0.5, 0, 255, out=photo).astype(np.uint8)
-
-
-def _caption(seed: int, material: str, defects: Sequence[str]) -> str:
-    rng = stream(seed, _SCENE, 0)
-    if not defects:
-        return _GOOD_CAPTIONS[rng.integers(len(_GOOD_CAPTIONS))].format(material)
-    phrases = [name if name in _MASS_NOUNS else f"a {name}" for name in defects]
-    listed = " and ".join(filter(None, (", ".join(phrases[:-1]), phrases[-1])))
-    return _DEFECT_CAPTIONS[rng.integers(len(_DEFECT_CAPTIONS))].format(material, listed)
 
 
 def check_world(

@@ -57,9 +57,9 @@ class HybridPrompts(nn.Module):
         learnt = torch.stack([self.normal_context, *[self.abnormal_context] * len(phrases)])  # [K+1, E, l, W]
         words = words[:, None].expand(-1, groups, -1, -1)
         words = torch.cat([words[:, :, :1], learnt.to(words.dtype), words[:, :, 1 + context :]], dim=2)
-        ends = _end_positions(clip, ids)
+        ends = end_positions(clip, ids)
         vectors = [
-            self._encode(clip, part, end, readout)
+            encode_words(clip, part, end, readout, self.text_tokens)
             for part, end in zip(
                 words.flatten(0, 1).split(PROMPTS_AT_ONCE),
                 ends.repeat_interleave(groups).split(PROMPTS_AT_ONCE),
@@ -82,38 +82,47 @@ class HybridPrompts(nn.Module):
                 )
         return clip.tokenizer(prompts)[:, :room].to(self.normal_context.device)
 
-    def _encode(self, clip: Clip, words: Tensor, ends: Tensor, readout: Readout) -> Tensor:
-        """Token embeddings [P, T, W] and end-of-text positions [P] to text vectors [P, D], not normalised.
 
-        `eot` masks causally and reads at the end-of-text token, wherever the deep tokens moved it; the sequence is cut
-        after the last one, which changes nothing under that mask. `release` reproduces the published code: no mask, the
-        padding takes part, and while the deep tokens stay in to the end the read-out position is not moved with them.
-        """
-        text = clip.text
-        if readout == "eot":
-            words = words[:, : int(ends.max()) + 1]
-        x = words + text.positional_embedding[: words.shape[1]]
-        depth, count = self.text_tokens.shape[:2]
-        depth = depth if count else 0
-        blocks = text.transformer.resblocks
-        inside = 0  # deep tokens that are in the sequence now
-        for index, block in enumerate(blocks):
-            if index < depth:
-                x = write_tokens(x, self.text_tokens[index].to(x.dtype), insert=index == 0)
-                inside = count
-            x = run_block(block, x, _causal_mask(x) if readout == "eot" else None)
-            if readout == "release" and inside and index == depth:
-                x = torch.cat([x[:, :1], x[:, 1 + inside :]], dim=1)
-                inside = 0
-        place = ends + inside if readout == "eot" else ends
-        x = text.ln_final(x)[torch.arange(len(x), device=x.device), place]
-        projection = text.text_projection
-        if projection is None:
-            return x
-        return projection(x) if isinstance(projection, nn.Linear) else x @ projection
+def encode_words(
+    clip: Clip, words: Tensor, ends: Tensor, readout: Readout = "eot", deep: Tensor | None = None
+) -> Tensor:
+    """Token embeddings [P, T, W] and end-of-text positions [P] to text vectors [P, D], not normalised.
+
+    `deep` are the tokens [depth, n, W] of the first blocks. `eot` masks causally and reads at the end-of-text token,
+    wherever the deep tokens moved it; the sequence is cut after the last one, which changes nothing under that mask.
+    `release` reproduces the published code: no mask, the padding takes part, and while the deep tokens stay in to the
+    end the read-out position is not moved with them.
+    """
+    text = clip.text
+    if readout == "eot":
+        words = words[:, : int(ends.max()) + 1]
+    x = words + text.positional_embedding[: words.shape[1]]
+    depth, count = (0, 0) if deep is None else deep.shape[:2]
+    depth = depth if count else 0
+    inside = 0  # deep tokens that are in the sequence now
+    for index, block in enumerate(text.transformer.resblocks):
+        if deep is not None and index < depth:
+            x = write_tokens(x, deep[index].to(x.dtype), insert=index == 0)
+            inside = count
+        x = run_block(block, x, _causal_mask(x) if readout == "eot" else None)
+        if readout == "release" and inside and index == depth:
+            x = torch.cat([x[:, :1], x[:, 1 + inside :]], dim=1)
+            inside = 0
+    place = ends + inside if readout == "eot" else ends
+    x = text.ln_final(x)[torch.arange(len(x), device=x.device), place]
+    projection = text.text_projection
+    if projection is None:
+        return x
+    return projection(x) if isinstance(projection, nn.Linear) else x @ projection
 
 
-def _end_positions(clip: Clip, ids: Tensor) -> Tensor:
+def encode_sentences(clip: Clip, ids: Tensor) -> Tensor:
+    """Token ids [P, T] to text vectors [P, D], not normalised: the text tower as it was pretrained."""
+    return encode_words(clip, clip.text.token_embedding(ids), end_positions(clip, ids))
+
+
+def end_positions(clip: Clip, ids: Tensor) -> Tensor:
+    """Where each row of token ids [P, T] ends its text, [P]."""
     return (ids == clip.tokenizer.eot_token_id).int().argmax(dim=1)
 
 
