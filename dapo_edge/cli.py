@@ -262,6 +262,45 @@ def bench(
 
 
 @commands.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--layout",
+    required=True,
+    type=click.Choice(["mvtec_ad", "visa", "mpdd", "mad", "real_iad", "folder"]),
+    help="The data set whose folders to imitate.",
+)
+@click.option("--images", default=100, show_default=True, help="Images in all, over all categories.")
+@click.option("--seed", default=0, show_default=True, help="Another seed, other images.")
+@click.option("--size", default="256x256", show_default=True, help="WIDTHxHEIGHT of every image, in pixels.")
+@as_json
+def synth(out: Path, layout: str, images: int, seed: int, size: str, json_output: bool) -> None:
+    """Write a generated data set with defects and masks into the new folder OUT."""
+    from dapo_edge.data.synth import write_dataset
+
+    sides = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", size.lower())
+    if not sides:
+        raise RecipeError(f"the size '{size}' is not WIDTHxHEIGHT", "Use for example --size 320x240")
+    with progress_bar() as progress:
+        summary = write_dataset(
+            out,
+            layout,
+            images,
+            seed,
+            size=(int(sides[1]), int(sides[2])),
+            on_image=lambda done, of: progress("drawing images", done, of),
+        )
+    if json_output:
+        print_json(summary.as_json())
+        return
+    print_text(
+        f"{summary.out}: {summary.images} images in {len(summary.categories)} categories, {summary.train} to train, "
+        f"{summary.test_good} good and {summary.test_defective} defective to test"
+    )
+    for name, count in summary.types.items():
+        print_text(f"{count:6}  {name}")
+
+
+@commands.command()
 @click.option("--engines", default="engines", show_default=True, type=click.Path(path_type=Path))
 @click.option("--frames", default=200, show_default=True, type=click.IntRange(min=1))
 @as_json

@@ -1,0 +1,186 @@
+"""Labelled image files: where an image and its mask lie, and the picture that they make.
+
+A data set is a list of samples, which are paths only; pixels are read one picture at a time.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dapo_edge.errors import RecipeError, SourceError, did_you_mean
+from dapo_edge.structures import MAX_PIXELS, NORMAL, Picture, Truth
+
+MAX_NAMES = 256  # a type is one byte of a truth
+SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+INDEX_MODES = ("1", "L", "P", *SIXTEEN_BIT_MODES)  # a mask's grey levels or numbers; 0 is good
+
+SplitName = Literal["train", "test"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One labelled image of a data set, not read yet."""
+
+    image: Path
+    mask: Path | None  # None for a good image, and for a defective one without a mask
+    category: str
+    defect: str  # NORMAL for a good image
+    split: SplitName
+
+    @property
+    def is_good(self) -> bool:
+        """Whether nothing on the image is defective."""
+        return self.defect == NORMAL
+
+
+@dataclass(frozen=True)
+class FileSet:
+    """Samples as a sequence of pictures, which are read when asked for. All have the same `names`."""
+
+    samples: tuple[Sample, ...]
+    names: tuple[str, ...]  # row 0 is NORMAL, then the defect types
+
+    def __post_init__(self) -> None:
+        check_names(self.names)
+        for sample in self.samples:
+            _index_of(sample, self.names)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Picture:
+        return read_sample(self.samples[index], self.names)
+
+
+def names_of(samples: Iterable[Sample]) -> tuple[str, ...]:
+    """NORMAL, then every defect type that occurs, in alphabetical order."""
+    return (NORMAL, *sorted({sample.defect for sample in samples if not sample.is_good}))
+
+
+def read_sample(sample: Sample, names: Sequence[str]) -> Picture:
+    """The picture of a sample; the pixels of its mask that are above 0 have its defect's index in `names`.
+
+    Raises `SourceError` when a file can't be read, or when the mask is missing, all black or of another size, and
+    `RecipeError` when the sample's defect is not among the names.
+    """
+    check_names(names)
+    index = _index_of(sample, names)
+    image = read_pixels(sample.image)
+    types = np.zeros(image.shape[:2], np.uint8)
+    if not sample.is_good:
+        types[_defective(sample, types.shape)] = index
+    return Picture(image, Truth(types, tuple(names)))
+
+
+def read_pixels(path: Path) -> NDArray[np.uint8]:
+    """The image in a file, [H, W, 3] uint8 BGR, by the rules of a line's own image source.
+
+    EXIF orientation is applied, grey is replicated, 16-bit grey loses its lower 8 bits, alpha is dropped. Raises
+    `SourceError`.
+    """
+    from PIL import ImageOps
+
+    image = ImageOps.exif_transpose(_load(path, "image"))
+    if image.mode == "F":
+        raise SourceError(f"the image '{path}' has pixels of no fixed range", "Save it with 8 or 16 bits per channel")
+    if image.mode in SIXTEEN_BIT_MODES:
+        grey = (np.asarray(image) >> 8).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    image.info.pop("transparency", None)  # Pillow warns about a colour table's transparency; alpha is dropped anyway
+    return np.ascontiguousarray(np.asarray(image.convert("RGB"))[..., ::-1])
+
+
+def read_mask(path: Path) -> NDArray[np.bool_]:
+    """Defective pixels, [H, W] bool: those that are not 0. Raises `SourceError` when the file can't be read."""
+    image = _load(path, "mask")
+    if image.mode in INDEX_MODES:
+        return np.asarray(image) > 0
+    levels: NDArray[np.uint8] = np.asarray(image.convert("RGB")).max(axis=2)
+    return levels > 0
+
+
+def check_samples(samples: Sequence[Sample]) -> None:
+    """Raise `RecipeError` unless there are images, and good and defective ones in every category."""
+    if not samples:
+        raise RecipeError("the data set holds no images", "Check its folder, its layout and the categories asked for")
+    kinds: dict[str, set[bool]] = {}
+    for sample in samples:
+        kinds.setdefault(sample.category, set()).add(sample.is_good)
+    for category, found in kinds.items():
+        if len(found) < 2:
+            missing, there = ("defective", "good") if True in found else ("good", "defective")
+            raise RecipeError(
+                f"the category '{category}' has {there} images but no {missing} ones",
+                "Both are needed to tell them apart: add some, or leave the category out",
+            )
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise `RecipeError` unless these can name the types of a truth."""
+    if not names or names[0] != NORMAL:
+        raise RecipeError(f"the names {', '.join(names) or '(none)'} don't begin with '{NORMAL}'", "Put it first")
+    if len(set(names)) < len(names):
+        raise RecipeError(f"a name is twice in {', '.join(names)}", "Name every type once")
+    if len(names) > MAX_NAMES:
+        raise RecipeError(f"there are {len(names) - 1} defect types", f"Use at most {MAX_NAMES - 1}")
+
+
+def _index_of(sample: Sample, names: Sequence[str]) -> int:
+    if sample.defect not in names:
+        hint = did_you_mean(sample.defect, names[1:], cutoff=0.6)
+        raise RecipeError(
+            f"'{sample.image}' shows '{sample.defect}', which is not among the names",
+            f"{hint}Named are: {', '.join(names)}",
+        )
+    return names.index(sample.defect)
+
+
+def _defective(sample: Sample, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """The mask of a defective sample, [H, W] bool with at least one pixel set."""
+    if sample.mask is None:
+        raise SourceError(
+            f"the image '{sample.image}' shows '{sample.defect}' but has no mask",
+            "Add a mask of the image's size whose defective pixels are white, or leave the image out",
+        )
+    mask = read_mask(sample.mask)
+    if mask.shape != shape:
+        raise SourceError(
+            f"the mask '{sample.mask}' is {mask.shape[1]}x{mask.shape[0]}, its image {shape[1]}x{shape[0]}",
+            "Save both in the same size; masks are not resized, that would move edges",
+        )
+    if not mask.any():
+        raise SourceError(
+            f"the mask '{sample.mask}' is all black, but '{sample.image}' counts as '{sample.defect}'",
+            "Mark the defect in white, or move the image to the good ones",
+        )
+    return mask
+
+
+def _load(path: Path, kind: str) -> Any:
+    """A Pillow image with all its pixels read."""
+    from PIL import Image
+
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise SourceError(f"the {kind} '{path}' does not exist", "Restore the file, or check the layout") from error
+    except OSError as error:
+        cause = f"the {kind} '{path}' can't be read ({error.strerror})"
+        raise SourceError(cause, "Check the path and its permissions") from error
+    try:
+        image = Image.open(io.BytesIO(data))
+        if image.width * image.height <= MAX_PIXELS:
+            image.load()
+            return image
+    except Exception as error:  # on damaged data decoders raise nearly anything: struct.error, SyntaxError ...
+        cause = f"the {kind} '{path}' can't be decoded ({type(error).__name__})"
+        raise SourceError(cause, "It is truncated, damaged or no image: copy the file again") from error
+    cause = f"the {kind} '{path}' is {image.width}x{image.height}, more than {MAX_PIXELS} pixels"
+    raise SourceError(cause, "Cut it into smaller parts")
