@@ -23,9 +23,17 @@ CORE = [
 EXTRAS = {
     # An ARM board such as a Jetson brings its own OpenCV (with GStreamer): a second one would shadow it.
     "cpu": ["openvino>=2024.4", "opencv-python-headless>=4.8; platform_machine != 'aarch64'"],
-    "build": ["torch>=2.6", "torchvision", "open_clip_torch>=3.3", "onnx>=1.16"],
+    "build": ["torch>=2.6", "torchvision", "open_clip_torch>=3.3", "onnx>=1.16", "matplotlib>=3.8"],
     "gpu": ["pycuda>=2024.1"],  # TensorRT is detected, never installed from here: it belongs to the device
-    "dev": ["pytest>=8", "hypothesis>=6.100", "scipy>=1.11", "ruff>=0.6", "mypy>=1.11", "types-PyYAML"],
+    "dev": [
+        "pytest>=8",
+        "hypothesis>=6.100",
+        "scipy>=1.11",
+        "scikit-learn>=1.4",
+        "ruff>=0.6",
+        "mypy>=1.11",
+        "types-PyYAML",
+    ],
 }
 
 setup(
@@ -37,7 +45,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["dapo_edge", "dapo_edge.*"]),
-    package_data={"dapo_edge": ["assets/*", "models/configs/*.json", "data/defects/*.yaml", "py.typed"]},
+    package_data={"dapo_edge": ["assets/*", "models/configs/*.json", "data/*.yaml", "data/defects/*.yaml", "py.typed"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["dapo-edge = dapo_edge.cli:main"]},

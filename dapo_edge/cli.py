@@ -123,6 +123,30 @@ def build(recipe: Path | None, output: Path | None, schema: bool, print_demo_rec
 
 
 @commands.command()
+@click.argument("recipe", type=PACKAGE_PATH)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder of the run [tuned/<name>].")
+@as_json
+def tune(recipe: Path, output: Path | None, json_output: bool) -> None:
+    """Tune the prompts of RECIPE on labelled pictures; goes on where an earlier run was stopped."""
+    from dapo_edge.config import load_recipe
+    from dapo_edge.training.tune import best_file, result_json
+    from dapo_edge.training.tune import tune as tune_recipe
+
+    loaded = load_recipe(recipe)
+    folder = output or Path("tuned") / loaded.name
+    with progress_bar() as progress, stop_on_signals(interrupt):
+        run = tune_recipe(loaded, folder, progress)
+    if json_output:
+        print_json(result_json(run, folder))
+        return
+    best = run.best.validation
+    say(
+        f"tuned {best_file(folder)}: epoch {run.best_epoch} of {len(run.history)}, pixel AUROC {best.pixel_auroc:.3f}, "
+        f"image AUROC {best.image_auroc:.3f}, type accuracy {best.type_accuracy:.3f} on the validation pictures"
+    )
+
+
+@commands.command()
 @click.argument("package", type=PACKAGE_PATH)
 @click.argument("sources", nargs=-1, required=True)
 @click.option("--frames", type=click.IntRange(min=1), help="Inspect at most this many frames of each source.")

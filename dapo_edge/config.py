@@ -132,8 +132,44 @@ class Gate(Section):
     max_flips: float = Field(0.005, ge=0, le=1, description="share of frames whose verdict may differ")
 
 
+Part = Literal["context", "text_tokens", "visual_tokens", "adapters"]
+PARTS: tuple[Part, ...] = ("context", "text_tokens", "visual_tokens", "adapters")
+
+
+class Stage(Section):
+    """One stretch of tuning: which parts learn, and for how long."""
+
+    learn: tuple[Part, ...] = Field(PARTS, min_length=1, description="parts that learn; the others stay as they are")
+    epochs: int = Field(5, ge=1, le=10_000)
+    learning_rate: float = Field(1e-3, gt=0, le=1)
+
+    @field_validator("learn")
+    @classmethod
+    def _distinct(cls, learn: tuple[Part, ...]) -> tuple[Part, ...]:
+        if len(set(learn)) < len(learn):
+            raise ValueError("a part is named twice")
+        return learn
+
+
+class TuningPlan(Section):
+    """How `dapo-edge tune` learns from labelled pictures; `build` does not look at it."""
+
+    data: str = Field("synthetic", min_length=1, description="folder of a data set, or 'synthetic'")
+    layout: str = Field("folder", description="layout of the data set: folder, mvtec_ad, visa, mpdd, mad, real_iad")
+    categories: tuple[str, ...] | None = Field(None, min_length=1, description="categories to use; null = all")
+    images: int = Field(2000, ge=8, description="synthetic only: pictures to draw")
+    validation: float = Field(0.15, gt=0, lt=0.9, description="share of the pictures that choose the best epoch")
+    stages: tuple[Stage, ...] = Field((Stage(),), min_length=1)
+    batch: int = Field(8, ge=1, le=4096)
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 = mixed precision in the encoder")
+    loss_px: int | None = Field(
+        None, ge=8, le=4096, description="side of the maps that the loss looks at; null = the model's image size"
+    )
+    seed: int = Field(0, ge=0, lt=2**31)
+
+
 class Recipe(Section):
-    """Everything that `dapo-edge build` needs to make an engine package."""
+    """Everything that `dapo-edge build` needs to make an engine package, and `dapo-edge tune` to learn its prompts."""
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
@@ -159,6 +195,7 @@ class Recipe(Section):
     batch: int = Field(1, ge=1, le=32, description="views per engine call")
     thresholds: Thresholds = Thresholds()
     gate: Gate = Gate()
+    tuning: TuningPlan = TuningPlan()
     seed: int = Field(0, ge=0, lt=2**32)
 
 
@@ -187,9 +224,12 @@ def load_recipe(path: str | Path) -> Recipe:
     return resolve_paths(parse_recipe(data, origin=str(path)), path.resolve().parent)
 
 
+_OPTIONAL = ("options", "map", "thresholds", "gate", "tuning")
+
+
 def parse_recipe(data: dict[str, Any], origin: str = "recipe") -> Recipe:
     """Check a mapping against the recipe's schema. Raises `RecipeError` naming every mistake."""
-    emptied = [key for key, value in data.items() if value is None and key in ("options", "map", "thresholds", "gate")]
+    emptied = [key for key, value in data.items() if value is None and key in _OPTIONAL]
     return parse_section(Recipe, {key: value for key, value in data.items() if key not in emptied}, origin)
 
 
@@ -235,6 +275,7 @@ def resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
     prompts["tuned"] = absolute(prompts["tuned"])
     for section in ("thresholds", "gate"):
         data[section]["frames"] = frames(data[section]["frames"])
+    data["tuning"]["data"] = frames(data["tuning"]["data"])
     return parse_recipe(data)
 
 

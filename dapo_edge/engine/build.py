@@ -80,7 +80,7 @@ def build(
             recipe,
             method,
             method.bank(recipe.prompts.defects, recipe.prompts.object),
-            _map_spec(recipe, method),
+            map_spec(recipe, method),
             on_progress,
         )
         writer.write(PROMPTS, job.bank.to_bytes())
@@ -109,7 +109,8 @@ def _check_inputs(recipe: Recipe) -> None:
             build_frames(frames, 1, good_only=True, seed=0)
 
 
-def _map_spec(recipe: Recipe, method: Method) -> MapSpec:
+def map_spec(recipe: Recipe, method: Method) -> MapSpec:
+    """How the recipe's maps are made from the method's tokens."""
     return MapSpec(
         image_size=method.image_size,
         grid=method.grid,

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dapo_edge.config import DefectType, Recipe, Section, parse_section
+from dapo_edge.config import DefectType, Part, Recipe, Section, parse_section
 from dapo_edge.errors import RecipeError
 from dapo_edge.models import checkpoints
 from dapo_edge.models.clip import Clip, ImageEncoder
@@ -102,8 +102,26 @@ class Dapo(nn.Module):
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised RGB [B, 3, S, S] to patch tokens after the adapters [B, L, N, D] and image embedding [B, D]."""
         taps, embedding = self.encoder(image)
-        tokens = [adapter(tap) for adapter, tap in zip(self.adapters, taps, strict=True)]
-        return torch.stack(tokens, dim=1), embedding
+        return self.adapt(taps), embedding
+
+    def adapt(self, taps: Sequence[Tensor]) -> Tensor:
+        """Raw patch tokens [B, N, width] of every feature layer to tokens in the words' space [B, L, N, D]."""
+        return torch.stack([adapter(tap) for adapter, tap in zip(self.adapters, taps, strict=True)], dim=1)
+
+    def rows(self, phrases: Sequence[str], noun: str) -> Tensor:
+        """Unit rows [K+1, D] of the normal prompt and of each phrase, with gradients."""
+        return self.prompts(self.clip, phrases, noun, self.readout)
+
+    def learnables(self) -> dict[Part, list[nn.Parameter]]:
+        """Everything that tuning may change, by part; a part that was switched off is empty."""
+        context = [self.prompts.normal_context, self.prompts.abnormal_context]
+        parts: dict[Part, list[nn.Parameter]] = {
+            "context": context,
+            "text_tokens": [self.prompts.text_tokens],
+            "visual_tokens": [self.visual_tokens],
+            "adapters": list(self.adapters.parameters()),
+        }
+        return {part: [p for p in parameters if p.numel()] for part, parameters in parts.items()}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Dapo:
         """Take the text tower along to another device or type; it is no submodule, because it is never exported."""
@@ -119,7 +137,7 @@ class Dapo(nn.Module):
     def bank(self, defects: Sequence[DefectType], noun: str) -> PromptBank:
         """Encode words into unit rows: one per defect type, after the normal one."""
         phrases = [defect.phrase for defect in defects]
-        rows = self.prompts(self.clip, phrases, noun, self.readout)
+        rows = self.rows(phrases, noun)
         if not torch.isfinite(rows).all():
             raise RecipeError(
                 "the text vectors of the words are not numbers",

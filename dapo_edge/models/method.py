@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from dapo_edge.config import DefectType, Recipe
+from dapo_edge.config import DefectType, Part, Recipe
 from dapo_edge.errors import RecipeError, did_you_mean
 from dapo_edge.models.clip import Clip
 from dapo_edge.models.dapo import Dapo
@@ -26,6 +26,11 @@ class Method(Protocol):
     temperature: float
     align_corners: bool  # how patch probabilities are upsampled
 
+    @property
+    def encoder(self) -> nn.Module:
+        """Normalised RGB [B, 3, S, S] to raw taps [B, N, width] per feature layer and embedding [B, D]."""
+        ...
+
     @classmethod
     def from_recipe(cls, recipe: Recipe, clip: Clip) -> Method:
         """Make the method that a recipe asks for. Raises `RecipeError`."""
@@ -33,6 +38,18 @@ class Method(Protocol):
 
     def __call__(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised RGB [B, 3, S, S] to patch tokens after the adapters [B, L, N, D] and image embedding [B, D]."""
+        ...
+
+    def adapt(self, taps: Sequence[Tensor]) -> Tensor:
+        """Raw taps to tokens [B, L, N, D]."""
+        ...
+
+    def rows(self, phrases: Sequence[str], noun: str) -> Tensor:
+        """Unit rows [K+1, D] of the normal prompt and of each phrase, with gradients."""
+        ...
+
+    def learnables(self) -> dict[Part, list[nn.Parameter]]:
+        """What tuning may change, by part; a part that is switched off is empty."""
         ...
 
     def encoder_tensors(self) -> Iterator[Tensor]:

@@ -1,31 +1,93 @@
-"""How training looks at the generated world: surfaces and parts at cameras' sizes, through the line's own resize."""
+"""Pictures as training sees them: at the model's input size, through the line's own resize, with the true types."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dapo_edge.backends.host import resize_view
+from dapo_edge.data.brushes import cv2
+from dapo_edge.data.camera import SHIFTS
 from dapo_edge.data.captions import Caption
 from dapo_edge.data.surfaces import make_surface, stream
+from dapo_edge.structures import NORMAL, Picture
 
 # Camera pictures in multiples of the model's input: as it is, wider (a 4:3 camera), and finer.
 _CAMERAS = ((1.0, 1.0), (4 / 3, 1.0), (1.5, 1.5))
 _CAMERA_SHARES = (0.4, 0.4, 0.2)
 _PART_SHARE = 0.4
 _VIEW = 99  # a random stream that no picture uses
+_MEMORY_BYTES = 4 << 30  # prepared views above this are prepared again whenever they are needed
 
 
 @dataclass(frozen=True, eq=False)
-class WorldView:
-    """A picture of the world at the model's input size."""
+class View:
+    """A picture at the model's input size, and what is on it."""
 
     image: NDArray[np.uint8]  # [S, S, 3] BGR
+    types: NDArray[np.uint8]  # [S, S], index into the names of the set
+
+
+@dataclass(frozen=True, eq=False)
+class WorldView(View):
+    """A view of the generated world."""
+
     material: str
     caption: Caption
+
+
+class Pictures(Protocol):
+    """Labelled pictures that are made or read when asked for: `data.dataset.FileSet`, `World`."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Row 0 is normal, then the defect types."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Picture | View: ...
+
+
+@dataclass(frozen=True)
+class World:
+    """A numbered stretch of the generated world as views of `image_size` px."""
+
+    first: int  # number of the first picture
+    count: int
+    image_size: int
+    materials: tuple[str, ...]
+    defects: tuple[str, ...]
+    good_share: float = 0.3
+    max_defects: int = 1
+    shifted: bool = False  # under one of `camera.SHIFTS`, by turns
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Row 0 is normal, then `defects`."""
+        return (NORMAL, *self.defects)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> WorldView:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        shifts = tuple(SHIFTS)
+        return world_view(
+            self.first + index,
+            self.image_size,
+            self.materials,
+            self.defects,
+            good_share=self.good_share,
+            max_defects=self.max_defects,
+            shift=shifts[index % len(shifts)] if self.shifted else None,
+        )
 
 
 def world_view(
@@ -36,8 +98,9 @@ def world_view(
     *,
     good_share: float = 0.3,
     max_defects: int = 1,
+    shift: str | None = None,
 ) -> WorldView:
-    """Picture `seed` of the world, drawn at a camera's size and resized to `image_size`."""
+    """Picture `seed` of the world, a surface or a part, drawn at a camera's size and resized to `image_size`."""
     rng = stream(seed, _VIEW)
     wide, tall = _CAMERAS[int(rng.choice(len(_CAMERAS), p=_CAMERA_SHARES))]
     # Drawn at a model's usual input or above: a coarser training phase is to see a smaller picture, not a coarser one.
@@ -50,5 +113,45 @@ def world_view(
         good_share=good_share,
         max_defects=max_defects,
         framing="part" if rng.random() < _PART_SHARE else "surface",
+        shift=shift,
     )
-    return WorldView(resize_view(surface.image, image_size), surface.material, surface.caption)
+    view = as_view(surface, image_size)
+    return WorldView(view.image, view.types, surface.material, surface.caption)
+
+
+def as_view(picture: Picture | View, image_size: int) -> View:
+    """A picture at the model's input size; its types are taken from the nearest pixel."""
+    size = (image_size, image_size)
+    if isinstance(picture, View) and picture.types.shape == size:
+        return picture
+    types = cv2().resize(picture.types, size, interpolation=cv2().INTER_NEAREST_EXACT)
+    return View(resize_view(picture.image, image_size), types)
+
+
+class ViewStore:
+    """Views of a set by index, prepared once and kept where they fit into memory."""
+
+    def __init__(self, pictures: Pictures, image_size: int, workers: int = 2) -> None:
+        self.names = pictures.names
+        self.image_size = image_size
+        self._pictures = pictures
+        self._workers = workers
+        self._fits = len(pictures) * image_size**2 * 4 <= _MEMORY_BYTES
+        self._kept: dict[int, View] = {}
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def fetch(self, indices: Sequence[int]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """Images [B, S, S, 3] BGR and types [B, S, S]. Raises what reading a picture raises."""
+        with ThreadPoolExecutor(self._workers) as pool:
+            views = list(pool.map(self._view, indices))
+        return np.stack([view.image for view in views]), np.stack([view.types for view in views])
+
+    def _view(self, index: int) -> View:
+        if index in self._kept:
+            return self._kept[index]
+        view = as_view(self._pictures[index], self.image_size)
+        if self._fits:
+            self._kept[index] = view
+        return view

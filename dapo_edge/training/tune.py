@@ -1,0 +1,132 @@
+"""`dapo-edge tune`: a recipe and labelled pictures in, tuned prompts and learning curves out."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dapo_edge.config import Recipe, TuningPlan
+from dapo_edge.data.dataset import FileSet, check_samples, names_of
+from dapo_edge.data.flaws import DEFECTS
+from dapo_edge.data.layouts import layout_of
+from dapo_edge.data.protocol import TUNING_SEED, surfaces_v1
+from dapo_edge.engine.build import map_spec
+from dapo_edge.errors import RecipeError
+from dapo_edge.models.clip import load_clip
+from dapo_edge.models.method import method_class
+from dapo_edge.package import writing_to
+from dapo_edge.structures import NORMAL
+from dapo_edge.training.trainer import BEST, Progress, Run, Trainer
+from dapo_edge.training.views import Pictures, ViewStore, World
+
+LOG, CURVES = "log.csv", "curves.png"
+
+
+def tune(
+    recipe: Recipe,
+    folder: Path,
+    on_progress: Progress = lambda step, done, of: None,
+    stop_after: int | None = None,
+) -> Run:
+    """Tune the recipe's method into `folder`: best.safetensors, latest.safetensors, log.csv, curves.png, state.pt.
+
+    Goes on where an earlier run in the folder ended. Raises `RecipeError`, `SourceError`, `OutputError` and, for a loss
+    that is no number, `DapoEdgeError`.
+    """
+    kind = method_class(recipe.method)
+    backbone, plan = recipe.backbone, recipe.tuning
+    on_progress("looking at the pictures", 0, 1)
+    names = tuple(defect.name for defect in recipe.prompts.defects)
+    samples = None if plan.data == "synthetic" else _file_set(plan, names)
+    on_progress("loading the backbone", 0, 1)
+    clip = load_clip(backbone.model, pretrained=backbone.pretrained, checkpoint=backbone.checkpoint, seed=recipe.seed)
+    method = kind.from_recipe(recipe, clip)
+    pictures = samples or _generated(plan, names, method.image_size)
+    trainer = Trainer(
+        method,
+        ViewStore(pictures, method.image_size),
+        [defect.phrase for defect in recipe.prompts.defects],
+        recipe.prompts.object,
+        plan,
+        spec=map_spec(recipe, method),
+        folder=folder,
+        save=method.save,
+        on_progress=on_progress,
+    )
+    run = trainer.tune(stop_after)
+    write_log(run, folder / LOG)
+    draw_curves(run, folder / CURVES)
+    return run
+
+
+def best_file(folder: Path) -> Path:
+    """What `prompts.tuned` of a recipe should name."""
+    return folder / BEST
+
+
+def write_log(run: Run, path: Path) -> None:
+    """One CSV line per epoch: losses, quality and every validation metric."""
+    lines = [epoch.as_json() for epoch in run.history]
+    with writing_to(path), path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def draw_curves(run: Run, path: Path) -> None:
+    """Losses and validation metrics over the epochs, as a picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    losses, metrics = figure.subplots(1, 2)
+    epochs = [epoch.epoch for epoch in run.history]
+    for name in ("map_loss", "image_loss"):
+        losses.plot(epochs, [getattr(epoch, name) for epoch in run.history], marker=".", label=name.replace("_", " "))
+    for name in ("pixel_auroc", "aupro", "image_auroc", "type_pixel_auroc", "type_accuracy"):
+        values = [getattr(epoch.validation, name) for epoch in run.history]
+        metrics.plot(epochs, values, marker=".", label=name.replace("_", " "))
+    metrics.axvline(run.best_epoch, color="grey", linestyle=":", label="kept")
+    for axes, title in ((losses, "training loss"), (metrics, "validation")):
+        axes.set(title=title, xlabel="epoch")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    with writing_to(path):
+        figure.savefig(path, dpi=100)
+
+
+def _generated(plan: TuningPlan, names: Sequence[str], image_size: int) -> Pictures:
+    """The materials and seeds that surfaces-v1 tunes on, with the defects that the recipe names."""
+    unknown = [name for name in names if name not in DEFECTS]
+    if unknown:
+        raise RecipeError(
+            f"the generated world has no defect {', '.join(map(repr, unknown))}",
+            f"Tune with your own pictures ('tuning.data'), or use: {', '.join(DEFECTS)}",
+        )
+    first = TUNING_SEED + plan.seed * 100_000
+    return World(first, plan.images, image_size, surfaces_v1().tuned_materials, tuple(names), max_defects=2)
+
+
+def _file_set(plan: TuningPlan, names: Sequence[str]) -> FileSet:
+    """The labelled test pictures of a data set: DAPO learns from both good and defective ones (methods 1.2)."""
+    samples = [s for s in layout_of(plan.layout).read(plan.data, plan.categories) if s.split == "test"]
+    check_samples(samples)
+    missing = [name for name in names_of(samples)[1:] if name not in names]
+    if missing:
+        raise RecipeError(
+            f"'{plan.data}' shows {', '.join(map(repr, missing))}, which the recipe does not name",
+            "Add them to 'prompts.defects', or leave their categories out",
+        )
+    return FileSet(tuple(samples), (NORMAL, *names))
+
+
+def result_json(run: Run, folder: Path) -> dict[str, Any]:
+    """What `tune --json` prints."""
+    return {
+        "schema": "dapo-edge tune 1",
+        "tuned": str(best_file(folder)),
+        "epochs": len(run.history),
+        "best_epoch": run.best_epoch,
+        "best": run.best.as_json(),
+    }
