@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dapo_edge.config import Stage, TuningPlan
@@ -96,7 +97,6 @@ class Trainer:
         self._method, self._store, self._plan, self._spec = method, store, plan, spec
         self._phrases, self._noun = tuple(phrases), noun
         self._folder, self._save, self._progress = folder, save, on_progress
-        self._mean, self._std = (torch.tensor(v).view(3, 1, 1) for v in (method.clip.mean, method.clip.std))
         self._training, self._validation = split(store, plan)
         learning = {part for stage in plan.stages for part in stage.learn}
         self._parts = {part: parameters for part, parameters in method.learnables().items() if part in learning}
@@ -104,7 +104,8 @@ class Trainer:
             raise RecipeError(
                 "nothing is left to learn", "Name a part in 'tuning.stages' that 'options' did not remove"
             )
-        self._features = _Features(self.encode) if self._frozen_encoder() else None
+        frozen = not self._parts.get("visual_tokens")
+        self._features = Features(method, store, precision=plan.precision, frozen=frozen)
 
     def tune(self, stop_after: int | None = None) -> Run:
         """Learn until the plan's end, or `stop_after` epochs in all; goes on where an earlier run in `folder` ended.
@@ -134,7 +135,7 @@ class Trainer:
     def _one_epoch(self, run: Run, epoch: int, stage: int, optimizer: torch.optim.Optimizer) -> None:
         started = time.monotonic()
         losses = [self._step(batch, optimizer, epoch) for batch in self._shuffled(epoch)]
-        summary = self.evaluate(self._validation)
+        summary = evaluate(self._method, self._features, self._validation, self._phrases, self._noun, self._spec)
         map_loss, image_loss = np.mean(losses, axis=0).tolist()
         seconds = time.monotonic() - started
         run.history.append(Epoch(epoch, stage, map_loss, image_loss, quality_of(summary), summary, seconds))
@@ -145,7 +146,7 @@ class Trainer:
         self._write_state(run, stage, optimizer)
 
     def _step(self, batch: list[int], optimizer: torch.optim.Optimizer, epoch: int) -> tuple[float, float]:
-        taps, embedding, types = self._encoded(batch)
+        taps, embedding, types = self._features.fetch(batch)
         rows = self._method.rows(self._phrases, self._noun)
         maps = self._maps(self._method.adapt(taps), rows)
         ids = F.interpolate(types[:, None].float(), size=maps[0].shape[2:], mode="nearest-exact")[:, 0].long()
@@ -171,39 +172,6 @@ class Trainer:
             F.interpolate(layer, size=(side, side), mode="bilinear", align_corners=self._method.align_corners)
             for layer in probabilities.unbind(1)
         ]
-
-    @torch.no_grad()
-    def evaluate(self, indices: Sequence[int]) -> Summary:
-        """Metrics of the pictures as the built package would show them."""
-        rows = self._method.rows(self._phrases, self._noun)
-        evaluation = Evaluation(self._store.names)
-        for start in range(0, len(indices), _EVALUATION_BATCH):
-            taps, embedding, types = self._encoded(list(indices[start : start + _EVALUATION_BATCH]))
-            add_maps(evaluation, self._method.adapt(taps), embedding, rows, types, self._spec)
-        return evaluation.summary()
-
-    def _encoded(self, batch: list[int]) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Taps, embedding and types [B, S, S] of some pictures."""
-        types = torch.from_numpy(self._store.fetch(batch)[1])
-        if self._features is not None:
-            return *self._features.fetch(batch), types
-        return *self.encode(batch), types
-
-    def encode(self, batch: list[int]) -> tuple[list[Tensor], Tensor]:
-        """Raw taps [B, N, width] per layer and embedding [B, D], float32."""
-        images = torch.from_numpy(self._store.fetch(batch)[0][..., ::-1].copy()).permute(0, 3, 1, 2)
-        images = (images.float() / 255 - self._mean) / self._std
-        with torch.autocast("cpu", torch.bfloat16, enabled=self._plan.precision == "bf16"):
-            taps, embedding = self._method.encoder(images)
-        return [tap.float() for tap in taps], embedding.float()
-
-    def _frozen_encoder(self) -> bool:
-        """Whether the encoder's output never changes, so that it can be kept."""
-        if self._parts.get("visual_tokens"):
-            return False
-        method = self._method
-        per_picture = len(method.feature_layers) * method.grid[0] * method.grid[1] * method.clip.width * 4
-        return len(self._store) * per_picture <= FEATURE_BYTES
 
     def _optimizer(self, stage: Stage) -> torch.optim.Optimizer:
         learning = [p for part in stage.learn for p in self._parts.get(part, [])]
@@ -295,37 +263,65 @@ class Trainer:
         return Run(history, int(state["best_epoch"]), state["best_weights"]), state
 
 
-class _Features:
-    """Output of a frozen encoder by picture, computed once."""
+class Features:
+    """What a method's encoder gives for pictures; computed once where the encoder is frozen and memory allows it."""
 
-    def __init__(self, encode: Callable[[list[int]], tuple[list[Tensor], Tensor]]) -> None:
-        self._encode = encode
+    def __init__(self, method: Method, store: ViewStore, *, precision: str = "fp32", frozen: bool = True) -> None:
+        self.store = store
+        self._method = method
+        self._is_mixed = precision == "bf16"
+        self._mean, self._std = (torch.tensor(v).view(3, 1, 1) for v in (method.clip.mean, method.clip.std))
+        per_picture = len(method.feature_layers) * method.grid[0] * method.grid[1] * method.clip.width * 4
+        self._keeps = frozen and len(store) * per_picture <= FEATURE_BYTES
         self._kept: dict[int, tuple[list[Tensor], Tensor]] = {}
 
-    @torch.no_grad()
-    def fetch(self, batch: list[int]) -> tuple[list[Tensor], Tensor]:
-        """Taps [B, N, width] per layer and embedding [B, D]."""
-        for index in batch:
+    def fetch(self, batch: Sequence[int]) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Raw taps [B, N, width] of every feature layer, embedding [B, D], both float32, and true types [B, S, S]."""
+        images, types = self.store.fetch(batch)
+        device = next(self._method.encoder.parameters()).device
+        truth = torch.from_numpy(types).to(device)
+        if not self._keeps:
+            return *self._encode(images, device), truth
+        for place, index in enumerate(batch):
             if index not in self._kept:
                 # One picture at a time: the result must not depend on which pictures share its batch.
-                taps, embedding = self._encode([index])
+                with torch.no_grad():
+                    taps, embedding = self._encode(images[place : place + 1], device)
                 self._kept[index] = ([tap[0] for tap in taps], embedding[0])
         kept = [self._kept[index] for index in batch]
-        layers = len(kept[0][0])
-        return [torch.stack([taps[layer] for taps, _ in kept]) for layer in range(layers)], torch.stack(
-            [embedding for _, embedding in kept]
-        )
+        taps = [torch.stack(layer) for layer in zip(*(taps for taps, _ in kept), strict=True)]
+        return taps, torch.stack([embedding for _, embedding in kept]), truth
+
+    def _encode(self, images: NDArray[np.uint8], device: torch.device) -> tuple[list[Tensor], Tensor]:
+        rgb = torch.from_numpy(images[..., ::-1].copy()).permute(0, 3, 1, 2).float() / 255
+        with torch.autocast(device.type, torch.bfloat16, enabled=self._is_mixed):
+            taps, embedding = self._method.encoder(((rgb - self._mean) / self._std).to(device))
+        return [tap.float() for tap in taps], embedding.float()
 
 
-def add_maps(
+@torch.no_grad()
+def evaluate(
+    method: Method, features: Features, indices: Sequence[int], phrases: Sequence[str], noun: str, spec: MapSpec
+) -> Summary:
+    """Metrics of pictures, with maps and scores as the built package would make them."""
+    rows = method.rows(phrases, noun)
+    evaluation = Evaluation(features.store.names)
+    for start in range(0, len(indices), _EVALUATION_BATCH):
+        taps, embedding, types = features.fetch(indices[start : start + _EVALUATION_BATCH])
+        _add_maps(evaluation, method.adapt(taps), embedding, rows, types, spec)
+    return evaluation.summary()
+
+
+def _add_maps(
     evaluation: Evaluation, tokens: Tensor, embedding: Tensor, rows: Tensor, types: Tensor, spec: MapSpec
 ) -> None:
     """Count pictures in `evaluation`: maps and scores by the reference arithmetic, at the size of `types` [B, H, W]."""
-    probabilities = reference.patch_probabilities(tokens.numpy(), rows.numpy(), spec.temperature, spec.grid)
+    bank = rows.cpu().numpy()
+    probabilities = reference.patch_probabilities(tokens.cpu().numpy(), bank, spec.temperature, spec.grid)
     height, width = types.shape[1:]
     maps = np.clip(reference.upsample_maps(probabilities, *spec.tables((width, height))), 0, 1)
-    scores = reference.image_scores(spec.score, embedding.numpy(), rows.numpy(), spec.temperature, 1 - maps[:, 0])
-    for channels, score, truth in zip(maps, scores.tolist(), types.numpy(), strict=True):
+    scores = reference.image_scores(spec.score, embedding.cpu().numpy(), bank, spec.temperature, 1 - maps[:, 0])
+    for channels, score, truth in zip(maps, scores.tolist(), types.cpu().numpy(), strict=True):
         evaluation.add(channels, score, truth)
 
 
