@@ -45,7 +45,16 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["dapo_edge", "dapo_edge.*"]),
-    package_data={"dapo_edge": ["assets/*", "models/configs/*.json", "data/*.yaml", "data/defects/*.yaml", "py.typed"]},
+    package_data={
+        "dapo_edge": [
+            "assets/*",
+            "models/configs/*.json",
+            "models/*.yaml",
+            "data/*.yaml",
+            "data/defects/*.yaml",
+            "py.typed",
+        ]
+    },
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["dapo-edge = dapo_edge.cli:main"]},

@@ -25,6 +25,7 @@ from dapo_edge.errors import DependencyMissing, RecipeError, did_you_mean
 from dapo_edge.extras import require
 
 BUNDLED_CONFIGS = Path(__file__).parent / "configs"
+BUNDLED_WEIGHTS = Path(__file__).parent.parent / "assets"  # <model>-<tag>.safetensors
 
 # A deep prompt position keeps this much of the previous block's output (DAPO, methods 1.2).
 PREVIOUS_SHARE = 0.01
@@ -88,18 +89,14 @@ def load_clip(model: str, *, pretrained: str | None = None, checkpoint: Path | N
     """
     open_clip = _open_clip()
     name = _register(open_clip, model)
-    if pretrained and pretrained not in open_clip.list_pretrained_tags_by_model(name):
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
-        raise RecipeError(
-            f"{name} has no pretrained weights '{pretrained}'",
-            f"Use one of its tags ({tags}), a 'checkpoint', or pretrained: null for seeded weights",
-        )
-    if pretrained:
+    bundled = BUNDLED_WEIGHTS / f"{name}-{pretrained}.safetensors"
+    if pretrained and not bundled.is_file():
+        _check_tag(open_clip, name, pretrained)
         _check_activation(open_clip, name, pretrained)
     if checkpoint is not None and not checkpoint.is_file():
         raise RecipeError(f"the checkpoint '{checkpoint}' does not exist", "Check 'backbone.checkpoint' in the recipe")
     with _seeded(seed), _quiet():  # the weights' origin is in the result; open_clip would warn about it on stderr
-        clip_model = _create(open_clip, name, pretrained, checkpoint)
+        clip_model = _create(open_clip, name, pretrained, bundled if bundled.is_file() else checkpoint)
     clip_model.eval().requires_grad_(False)
     text = clip_model.text if hasattr(clip_model, "text") else clip_model
     tokenizer = _tokenizer(open_clip, name)
@@ -306,6 +303,17 @@ def _create(open_clip: Any, name: str, pretrained: str | None, checkpoint: Path 
                 "or use pretrained: null for seeded weights",
             ) from error
         raise RecipeError(f"{name} can't be created ({reason})", "Check the model config") from error
+
+
+def _check_tag(open_clip: Any, name: str, pretrained: str) -> None:
+    bundled = [path.stem.removeprefix(f"{name}-") for path in BUNDLED_WEIGHTS.glob(f"{name}-*.safetensors")]
+    tags = [*bundled, *open_clip.list_pretrained_tags_by_model(name)]
+    if pretrained not in tags:
+        raise RecipeError(
+            f"{name} has no pretrained weights '{pretrained}'",
+            f"{did_you_mean(pretrained, tags)}Use one of its tags ({', '.join(tags) or 'none'}), a 'checkpoint', "
+            "or pretrained: null for seeded weights",
+        )
 
 
 def _check_activation(open_clip: Any, name: str, pretrained: str) -> None:

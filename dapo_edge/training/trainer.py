@@ -315,9 +315,15 @@ def evaluate(
 def _add_maps(
     evaluation: Evaluation, tokens: Tensor, embedding: Tensor, rows: Tensor, types: Tensor, spec: MapSpec
 ) -> None:
-    """Count pictures in `evaluation`: maps and scores by the reference arithmetic, at the size of `types` [B, H, W]."""
+    """Count pictures in `evaluation`: maps and scores by the reference arithmetic, at the size of `types` [B, H, W].
+
+    A method with one row for all defects gives every type the same share of it.
+    """
     bank = rows.cpu().numpy()
     probabilities = reference.patch_probabilities(tokens.cpu().numpy(), bank, spec.temperature, spec.grid)
+    kinds = evaluation.types.types
+    if probabilities.shape[1] == 2 < kinds + 1:
+        probabilities = np.concatenate([probabilities[:, :1], probabilities[:, 1:].repeat(kinds, axis=1) / kinds], 1)
     height, width = types.shape[1:]
     maps = np.clip(reference.upsample_maps(probabilities, *spec.tables((width, height))), 0, 1)
     scores = reference.image_scores(spec.score, embedding.cpu().numpy(), bank, spec.temperature, 1 - maps[:, 0])
