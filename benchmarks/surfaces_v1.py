@@ -19,10 +19,15 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dapo_edge.config import Stage, TuningPlan
+from dapo_edge.data.flaws import DEFECTS
+from dapo_edge.data.materials import MATERIALS
 from dapo_edge.data.protocol import TEST_SEED, TUNING_SEED, Split, surfaces_v1
+from dapo_edge.data.surfaces import make_surface
 from dapo_edge.device import as_json, this_device
+from dapo_edge.kernels import reference
 from dapo_edge.kernels.map_spec import MapSpec
 from dapo_edge.models.baselines import AdaptersOnly, Handcrafted, TwoPrompts
 from dapo_edge.models.clip import Clip, load_clip
@@ -107,6 +112,7 @@ class Table:
 
     def __init__(self, clip: Clip, path: Path, plan: TuningPlan, test_images: int) -> None:
         self._clip, self._path, self._plan, self._test_images = clip, path, plan, test_images
+        self._keep = path.parent / "tuned"  # ignored by git; the figure and the bundled prompts come from there
         self._settings = {
             "plan": plan.model_dump(mode="json"),
             "test_images": test_images,
@@ -136,6 +142,8 @@ class Table:
         entry: dict[str, Any] = {}
         if contender.learns:
             entry["tuning"] = self._tune(contender, method, seed)
+            self._keep.mkdir(parents=True, exist_ok=True)
+            torch.save(method.learnables(), self._keep / f"{contender.name} {seed}.pt")
         for name in TEST_SETS:
             defects = TEST_SETS[name](split)["defects"]
             phrases = defects if contender.knows_types else (ANY_DEFECT,)
@@ -169,6 +177,33 @@ class Table:
     @staticmethod
     def _spec(method: Dapo) -> MapSpec:
         return MapSpec(method.image_size, method.grid, method.temperature, method.align_corners, SMOOTHING_PX, "image")
+
+    def tuned(self, contender: Contender, seed: int) -> Dapo:
+        """A contender as an earlier run left it."""
+        method = contender.make(self._clip, seed)
+        if contender.learns:
+            learnt = torch.load(self._keep / f"{contender.name} {seed}.pt", weights_only=True)
+            with torch.no_grad():
+                for part, parameters in method.learnables().items():
+                    for parameter, tensor in zip(parameters, learnt[part], strict=True):
+                        parameter.copy_(tensor)
+        return method
+
+    def maps(self, contender: Contender, seed: int, test: str, indices: Sequence[int]) -> NDArray[np.float32]:
+        """Anomaly maps [n, S, S] of some pictures of a test set."""
+        method = self.tuned(contender, seed)
+        defects = TEST_SETS[test](surfaces_v1())["defects"]
+        spec = self._spec(method)
+        with torch.no_grad():
+            rows = method.rows(defects if contender.knows_types else (ANY_DEFECT,), NOUN)
+            taps, _, types = self._features(test, method).fetch(indices)
+            tokens = method.adapt(taps)
+        share = reference.patch_probabilities(tokens.numpy(), rows.numpy(), spec.temperature, spec.grid)
+        return reference.anomaly_map(share, *spec.tables((types.shape[2], types.shape[1])))
+
+    def pictures(self, test: str, indices: Sequence[int]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """Images [n, S, S, 3] BGR and true types [n, S, S]."""
+        return self._tests[test].fetch(indices)
 
     def save(self) -> None:
         """Write all results so far."""
@@ -209,6 +244,89 @@ def _cell(values: Sequence[float | None]) -> str:
     return f"{np.mean(known):.1f}" + (f" ± {(max(known) - min(known)) / 2:.1f}" if len(known) > 1 else "")
 
 
+# Pictures of the figure: test set and number, chosen for showing different materials and types.
+SHOWN = (("b", (2, 5, 7)), ("c", (1, 4, 6)), ("d", (3, 8)))
+FIVE = ("handcrafted", "two prompts", "adapters only", "dapo - deep visual tokens", "dapo")
+
+
+def draw_maps(table: Table, path: Path) -> None:
+    """Picture, truth, and the anomaly maps of five methods, side by side."""
+    from matplotlib.figure import Figure
+
+    contenders = [contender for name in FIVE for contender in CONTENDERS if contender.name == name]
+    count = sum(len(indices) for _, indices in SHOWN)
+    figure = Figure(figsize=(1.5 * (len(FIVE) + 2), 1.55 * count), layout="constrained")
+    axes = figure.subplots(count, len(FIVE) + 2)
+    row = 0
+    for test, indices in SHOWN:
+        images, types = table.pictures(test, indices)
+        maps = [table.maps(contender, 0, test, indices) for contender in contenders]
+        names = (NORMAL, *TEST_SETS[test](surfaces_v1())["defects"])
+        for n in range(len(indices)):
+            truth = ", ".join(names[k] for k in np.unique(types[n]) if k) or "good"
+            axes[row, 0].imshow(images[n][..., ::-1])
+            axes[row, 0].set_ylabel(f"{test}: {truth}", fontsize=8)
+            axes[row, 1].imshow(types[n] > 0, cmap="gray", vmin=0, vmax=1)
+            for column, anomaly in enumerate(maps, start=2):
+                axes[row, column].imshow(anomaly[n], cmap="inferno", vmin=0, vmax=1)
+            row += 1
+    for axis, title in zip(axes[0], ("picture", "truth", *FIVE), strict=True):
+        axis.set_title(title, fontsize=8)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    figure.savefig(path, dpi=90)
+
+
+def draw_world(path: Path, side: int = 96) -> None:
+    """Every defect on every material, and every material without one, with their names."""
+    from matplotlib.figure import Figure
+
+    kinds = (None, *DEFECTS)
+    rows = [
+        np.hstack(
+            [
+                make_surface(
+                    1000 * row + column,
+                    (side, side),
+                    materials=(material,),
+                    defects=(kind or "hole",),
+                    good_share=0.0 if kind else 1.0,
+                ).image
+                for column, material in enumerate(MATERIALS)
+            ]
+        )
+        for row, kind in enumerate(kinds)
+    ]
+    figure = Figure(figsize=(11, 12.6), layout="constrained")
+    axis = figure.subplots()
+    axis.imshow(np.vstack(rows)[..., ::-1])
+    middles = side * (0.5 + np.arange(len(kinds)))
+    axis.set_xticks(middles[: len(MATERIALS)], [name.replace(" ", "\n") for name in MATERIALS], fontsize=8)
+    axis.set_yticks(middles, [kind or "good" for kind in kinds], fontsize=8)
+    axis.tick_params(length=0, labeltop=True, labelbottom=False)
+    axis.set_frame_on(False)
+    figure.savefig(path, dpi=100, pil_kwargs={"quality": 82})
+
+
+def draw_ablation(results: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
+    """What each part of DAPO is worth: bars of the mean over seeds, every seed a dot."""
+    from matplotlib.figure import Figure
+
+    columns = (("b", "pixel_auroc"), ("b", "aupro"), ("b", "image_auroc"), ("c", "pixel_auroc"), ("c", "type_accuracy"))
+    figure = Figure(figsize=(2.6 * len(columns), 3.6), layout="constrained")
+    names = list(results)
+    for axis, (test, metric) in zip(figure.subplots(1, len(columns), sharey=True), columns, strict=True):
+        values = [[run[test][metric] for run in results[name].values()] for name in names]
+        means = [np.mean([v for v in runs if v is not None] or [0]) for runs in values]
+        axis.barh(names, means, color=["#9aa5b1" if name in BASELINES else "#2f7fd1" for name in names])
+        for place, runs in enumerate(values):
+            axis.plot([v or 0 for v in runs], [place] * len(runs), "k.", markersize=4)
+        axis.set(title=f"{test}: {metric.replace('_', ' ')}", xlim=(max(0, min(means) - 0.1), 1))
+        axis.grid(axis="x", alpha=0.3)
+        axis.invert_yaxis()
+    figure.savefig(path, dpi=90)
+
+
 @click.command(help=(__doc__ or "").partition("\n\n")[0])
 @click.option("--seeds", default="0,1,2", show_default=True, help="Comma-separated.")
 @click.option("--only", help="Comma-separated names of contenders.")
@@ -241,13 +359,18 @@ def main(
         loss_px=clip.image_size // 2,
         stages=(Stage(epochs=epochs, learning_rate=learning_rate),),
     )
-    table = Table(clip, out or folder / "surfaces-v1.json", plan, test_images)
+    out = out or folder / "surfaces-v1.json"
+    table = Table(clip, out, plan, test_images)
     chosen = [c for c in CONTENDERS if not only or c.name in only.split(",")]
     for seed in map(int, seeds.split(",")):
         for contender in chosen:
             table.run(contender, seed)
             click.echo(f"{contender.name}, seed {seed}", err=True)
     click.echo(markdown(table.results))
+    draw_world(HERE.parent / "docs" / "surfaces.jpg")
+    draw_ablation(table.results, out.with_name("surfaces-v1-ablation.png"))
+    if all("0" in table.results.get(name, {}) for name in FIVE):
+        draw_maps(table, out.with_name("surfaces-v1-maps.png"))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
+
 from dapo_edge.errors import OutputError
 
+PACKAGE_PATH = click.Path(path_type=Path, readable=False)  # opening it says better what is wrong
+as_json = click.option("--json", "json_output", is_flag=True, help="Print JSON to stdout.")
 FILE_COLUMNS = 200  # of a table that goes into a file
 
 
