@@ -266,8 +266,8 @@ def _parse_map_size(text: str | None) -> Any:
 
 def _protect_sources(out: Path, sources: Sequence[str]) -> None:
     """Refuse to write where is read: overlays would replace the pictures that they were made of."""
+    from dapo_edge.data.pictures import IMAGE_EXTENSIONS
     from dapo_edge.outputs.recorder import names_pictures
-    from dapo_edge.runtime.sources.stills import IMAGE_EXTENSIONS
     from dapo_edge.runtime.sources.uri import path_of, split
 
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", str(out)):  # a path has one slash of the URI's two already

@@ -5,22 +5,19 @@ A data set is a list of samples, which are paths only; pixels are read one pictu
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dapo_edge.data.pictures import read_image, read_mask
 from dapo_edge.errors import RecipeError, SourceError, did_you_mean
-from dapo_edge.structures import MAX_PIXELS, NORMAL, Picture, Truth
+from dapo_edge.structures import NORMAL, Picture, Truth
 
 MAX_NAMES = 256  # a type is one byte of a truth
-SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
-INDEX_MODES = ("1", "L", "P", *SIXTEEN_BIT_MODES)  # a mask's grey levels or numbers; 0 is good
-
 SplitName = Literal["train", "test"]
 
 
@@ -72,38 +69,11 @@ def read_sample(sample: Sample, names: Sequence[str]) -> Picture:
     """
     check_names(names)
     index = _index_of(sample, names)
-    image = read_pixels(sample.image)
+    image = read_image(sample.image)
     types = np.zeros(image.shape[:2], np.uint8)
     if not sample.is_good:
         types[_defective(sample, types.shape)] = index
     return Picture(image, Truth(types, tuple(names)))
-
-
-def read_pixels(path: Path) -> NDArray[np.uint8]:
-    """The image in a file, [H, W, 3] uint8 BGR, by the rules of a line's own image source.
-
-    EXIF orientation is applied, grey is replicated, 16-bit grey loses its lower 8 bits, alpha is dropped. Raises
-    `SourceError`.
-    """
-    from PIL import ImageOps
-
-    image = ImageOps.exif_transpose(_load(path, "image"))
-    if image.mode == "F":
-        raise SourceError(f"the image '{path}' has pixels of no fixed range", "Save it with 8 or 16 bits per channel")
-    if image.mode in SIXTEEN_BIT_MODES:
-        grey = (np.asarray(image) >> 8).astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=2)
-    image.info.pop("transparency", None)  # Pillow warns about a colour table's transparency; alpha is dropped anyway
-    return np.ascontiguousarray(np.asarray(image.convert("RGB"))[..., ::-1])
-
-
-def read_mask(path: Path) -> NDArray[np.bool_]:
-    """Defective pixels, [H, W] bool: those that are not 0. Raises `SourceError` when the file can't be read."""
-    image = _load(path, "mask")
-    if image.mode in INDEX_MODES:
-        return np.asarray(image) > 0
-    levels: NDArray[np.uint8] = np.asarray(image.convert("RGB")).max(axis=2)
-    return levels > 0
 
 
 def check_samples(samples: Sequence[Sample]) -> None:
@@ -161,26 +131,3 @@ def _defective(sample: Sample, shape: tuple[int, ...]) -> NDArray[np.bool_]:
             "Mark the defect in white, or move the image to the good ones",
         )
     return mask
-
-
-def _load(path: Path, kind: str) -> Any:
-    """A Pillow image with all its pixels read."""
-    from PIL import Image
-
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise SourceError(f"the {kind} '{path}' does not exist", "Restore the file, or check the layout") from error
-    except OSError as error:
-        cause = f"the {kind} '{path}' can't be read ({error.strerror})"
-        raise SourceError(cause, "Check the path and its permissions") from error
-    try:
-        image = Image.open(io.BytesIO(data))
-        if image.width * image.height <= MAX_PIXELS:
-            image.load()
-            return image
-    except Exception as error:  # on damaged data decoders raise nearly anything: struct.error, SyntaxError ...
-        cause = f"the {kind} '{path}' can't be decoded ({type(error).__name__})"
-        raise SourceError(cause, "It is truncated, damaged or no image: copy the file again") from error
-    cause = f"the {kind} '{path}' is {image.width}x{image.height}, more than {MAX_PIXELS} pixels"
-    raise SourceError(cause, "Cut it into smaller parts")

@@ -18,10 +18,10 @@ from typing import Any
 import yaml
 
 from dapo_edge.data.dataset import Sample, SplitName
+from dapo_edge.data.pictures import IMAGE_EXTENSIONS
 from dapo_edge.errors import RecipeError, did_you_mean
 from dapo_edge.structures import NORMAL
 
-IMAGE_EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 GOOD, MASKS = "good", "masks"
 SPLITS: tuple[SplitName, ...] = ("train", "test")
 REAL_IAD_IMAGES = ("realiad_1024", "realiad_512", "realiad_256", "realiad_raw")  # the first one that is there

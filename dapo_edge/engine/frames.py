@@ -36,7 +36,7 @@ def build_frames(origin: str, count: int, *, good_only: bool, seed: int) -> Buil
 
         good_share = 1.0 if good_only else 0.5
         return BuildFrames(count, lambda index: make_surface(seed + index, SYNTHETIC_SIZE, good_share=good_share).image)
-    from dapo_edge.runtime.sources.pictures import read_image
+    from dapo_edge.data.pictures import read_image
     from dapo_edge.runtime.sources.stills import images_in
 
     folder = Path(origin)

@@ -13,10 +13,11 @@ pytest.importorskip("cv2")
 
 from dapo_edge.cli import commands
 from dapo_edge.data import synth
-from dapo_edge.data.dataset import FileSet, check_samples, names_of, read_mask
+from dapo_edge.data.dataset import FileSet, check_samples, names_of
 from dapo_edge.data.flaws import DEFECTS
 from dapo_edge.data.layouts import LAYOUTS
 from dapo_edge.data.materials import MATERIALS
+from dapo_edge.data.pictures import read_mask
 from dapo_edge.data.synth import WRITERS, write_dataset
 from dapo_edge.errors import OutputError, RecipeError
 from dapo_edge.structures import NORMAL

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
+from dapo_edge.data.pictures import IMAGE_EXTENSIONS
 from dapo_edge.errors import SourceError, did_you_mean
 from dapo_edge.runtime.sources.base import Properties, Source
-from dapo_edge.runtime.sources.stills import IMAGE_EXTENSIONS
 from dapo_edge.runtime.sources.uri import check_path, path_of, redact, split, uri_of
 from dapo_edge.runtime.sources.video import VIDEO_EXTENSIONS
 

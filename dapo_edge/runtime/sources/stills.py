@@ -7,13 +7,11 @@ import time
 from abc import abstractmethod
 from pathlib import Path
 
+from dapo_edge.data.pictures import IMAGE_EXTENSIONS, read_image
 from dapo_edge.errors import FrameError, SourceError
 from dapo_edge.runtime.sources.base import Properties, Source
-from dapo_edge.runtime.sources.pictures import read_image
 from dapo_edge.runtime.sources.uri import check_path, options, path_of, uri_of
 from dapo_edge.structures import Frame
-
-IMAGE_EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 def natural_key(name: str) -> tuple[list[str | int], str]:

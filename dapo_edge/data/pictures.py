@@ -1,4 +1,4 @@
-"""One image file to one BGR picture, by fixed rules, so that equal files always give equal pixels.
+"""One image file to one BGR picture or one mask, by fixed rules, so that equal files always give equal pixels.
 
 Nothing depends on the data: a stretch to the darkest and brightest pixel would make a defect change the whole picture.
 """
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "PPM", "WEBP")
 EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+INDEX_MODES = ("1", "L", "P", *SIXTEEN_BIT_MODES)  # a mask's grey levels or numbers; 0 is good
 SHIFT_BITS = 8  # 16-bit grey to 8-bit
+IMAGE_EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 def read_image(path: str | Path) -> NDArray[np.uint8]:
@@ -32,43 +34,56 @@ def read_image(path: str | Path) -> NDArray[np.uint8]:
     to the part, and a defect below a transparent pixel must stay visible.
     """
     path = Path(path)
+    return _to_bgr(_load(path, "image"), path)
+
+
+def read_mask(path: str | Path) -> NDArray[np.bool_]:
+    """Defective pixels of a mask file, [H, W] bool: those that are not 0. Raises `FrameError` as `read_image`."""
+    image = _load(Path(path), "mask")
+    if image.mode in INDEX_MODES:
+        return np.asarray(image) > 0
+    levels: NDArray[np.uint8] = np.asarray(image.convert("RGB")).max(axis=2)
+    return levels > 0
+
+
+def _load(path: Path, kind: str) -> Image:
+    """All pixels of a file, upright, or a `FrameError` that calls it a `kind`."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise FrameError(f"'{path}' is not a regular file", "Give the path of an image file")
+            raise FrameError(f"the {kind} '{path}' is not a regular file", "Give the path of an image file")
         if status.st_size == 0:
-            raise FrameError(f"the image '{path}' is empty (0 bytes)", "Write the file again")
+            raise FrameError(f"the {kind} '{path}' is empty (0 bytes)", "Write the file again")
         with path.open("rb") as file:
-            return _decode(file, path)
+            return _decode(file, path, kind)
     except FrameError:
         raise
     except MemoryError as error:
-        raise FrameError(f"the image '{path}' does not fit into memory", "Use a smaller image") from error
+        raise FrameError(f"the {kind} '{path}' does not fit into memory", "Use a smaller image") from error
     except FileNotFoundError as error:
-        raise FrameError(f"the image '{path}' does not exist", "Check the path") from error
+        raise FrameError(f"the {kind} '{path}' does not exist", "Check the path") from error
     except PermissionError as error:
-        raise FrameError(f"the image '{path}' can't be read ({error.strerror})", "Check its permissions") from error
+        raise FrameError(f"the {kind} '{path}' can't be read ({error.strerror})", "Check its permissions") from error
     except Exception as error:  # on damaged data decoders raise nearly anything: struct.error, KeyError, ValueError ...
-        cause = f"the image '{path}' can't be decoded ({error})"
+        cause = f"the {kind} '{path}' can't be decoded ({error})"
         raise FrameError(cause, "It is truncated or damaged: write the file again") from error
 
 
-def _decode(file: IO[bytes], path: Path) -> NDArray[np.uint8]:
-    """[H, W, 3] uint8 BGR."""
+def _decode(file: IO[bytes], path: Path, kind: str) -> Image:
     from PIL import ImageOps
 
     image = _identify(file)
     if image is None:
-        cause = f"'{path}' is not an image of a known format"
+        cause = f"the {kind} '{path}' is in no known format"
         raise FrameError(cause, f"Known formats: {', '.join(FORMATS)}")
-    _check_size(image.size, path)
+    _check_size(image.size, path, kind)
     if image.mode not in EIGHT_BIT_MODES + SIXTEEN_BIT_MODES:
-        cause = f"the image '{path}' has pixels of mode '{image.mode}', which have no fixed range"
+        cause = f"the {kind} '{path}' has pixels of mode '{image.mode}', which have no fixed range"
         raise FrameError(cause, "Save it with 8 bits per channel, or as 16-bit grey")
     image.load()
     # The colour table's transparency is dropped like any alpha; left there, Pillow warns about it.
     image.info.pop("transparency", None)
-    return _to_bgr(ImageOps.exif_transpose(image), path)
+    return ImageOps.exif_transpose(image)
 
 
 def _identify(file: IO[bytes]) -> Image | None:
@@ -89,14 +104,14 @@ def _identify(file: IO[bytes]) -> Image | None:
     return None
 
 
-def _check_size(size: tuple[int, int], path: Path) -> None:
+def _check_size(size: tuple[int, int], path: Path, kind: str) -> None:
     """Refuse by the header alone, before memory is taken for pixels."""
     width, height = size
     if min(size) < MIN_SIDE_PX:
-        cause = f"the image '{path}' is {width}x{height}, too small to inspect"
+        cause = f"the {kind} '{path}' is {width}x{height}, too small to inspect"
         raise FrameError(cause, f"Use at least {MIN_SIDE_PX} pixels on each side")
     if width * height > MAX_PIXELS:
-        cause = f"the image '{path}' is {width}x{height}, more than {MAX_PIXELS} pixels"
+        cause = f"the {kind} '{path}' is {width}x{height}, more than {MAX_PIXELS} pixels"
         raise FrameError(cause, f"Cut it into parts of at most {MAX_PIXELS} pixels")
 
 

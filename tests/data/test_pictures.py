@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from dapo_edge.data.pictures import MAX_PIXELS, MIN_SIDE_PX, read_image
 from dapo_edge.errors import FrameError
-from dapo_edge.runtime.sources.pictures import MAX_PIXELS, MIN_SIDE_PX, read_image
 
 RGB = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
 GREY = RGB[..., 0]
@@ -170,7 +170,7 @@ def test_what_is_no_image_at_all(tmp_path: Path) -> None:
     (tmp_path / "zero.png").touch()
     refused(tmp_path / "zero.png", "empty (0 bytes)")
     (tmp_path / "text.png").write_text("I am a letter, not a picture.")
-    refused(tmp_path / "text.png", "not an image of a known format", "PNG")
+    refused(tmp_path / "text.png", "in no known format", "PNG")
     refused(tmp_path, "not a regular file")
     refused(Path("/dev/zero"), "not a regular file")
     refused(tmp_path / "none.png", "does not exist")
