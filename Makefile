@@ -2,7 +2,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint bench table reference clean
 
 demo: $(READY)
 	$(BIN)/dapo-edge demo
@@ -20,6 +20,12 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/spine.py --full-size
+
+table: $(READY)
+	$(BIN)/python benchmarks/surfaces_v1.py
+
+reference: $(READY)
+	$(BIN)/python -m dapo_edge.training.pretrain .cache/reference
 
 $(READY): setup.py constraints.txt
 	$(PYTHON) -m venv .venv

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dapo_edge.bench import percentiles
+from dapo_edge.data.belt import CROSSING_S
 from dapo_edge.device import as_json, this_device
 from dapo_edge.outputs.events import frame_json
 from dapo_edge.outputs.overlay import Recorder, contact_sheet, draw, save_picture
 from dapo_edge.package import EnginePackage, writing_to
+from dapo_edge.runtime.confusion import Confusion, TrueDefect
 from dapo_edge.runtime.inspector import Inspector
 from dapo_edge.runtime.pipeline import Statistics, inspect_stream
 from dapo_edge.runtime.sources import open_source
 
-BELT_FPS = 10  # few, so that many parts pass in a short video
-BELT = f"synthetic://640x480@{BELT_FPS}?seed=7"
+WIDTH_PX, HEIGHT_PX = 640, 480
+BELT_FPS = 5  # few, so that many parts pass in a short video
+BELT = f"synthetic://{WIDTH_PX}x{HEIGHT_PX}@{BELT_FPS}?seed=22"  # 200 frames show nine types and four good parts
+# The belt lays one part on each HEIGHT_PX of its length: how many frames pass between two parts in the middle of the
+# picture, and from there until a part reaches the left border.
+STEP_PX = WIDTH_PX / (BELT_FPS * CROSSING_S)
+PART_FRAMES, LEAD_FRAMES = round(HEIGHT_PX / STEP_PX), round((WIDTH_PX - HEIGHT_PX) / 2 / STEP_PX)
 SHEET_PICTURES, SHEET_COLUMNS = 12, 4
 
 
@@ -31,23 +38,29 @@ def inspect_belt(
     statistics = Statistics()
     timings: list[Mapping[str, float]] = []
     sheet: list[NDArray[np.uint8]] = []
+    captions: list[str] = []
+    confusion = Confusion()
+    shown = sheet_frames(frames)
     lines: list[str] = []
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with Inspector(package) as inspector, Recorder(folder / "belt.mp4", fps=BELT_FPS) as recorder:
         for outcome in inspect_stream(inspector, [open_source(f"{BELT}&frames={frames}")], statistics):
             lines.append(json.dumps(frame_json(outcome)))
-            if outcome.frame is not None and outcome.inspection is not None:
-                timings.append(outcome.inspection.ms)
-                overlay = draw(outcome.frame, outcome.inspection)
+            frame, inspection = outcome.frame, outcome.inspection
+            if frame is not None and frame.truth is not None and inspection is not None:
+                timings.append(inspection.ms)
+                defects = confusion.add(inspection, frame.truth)
+                overlay = draw(frame, inspection)
                 recorder.write(overlay)
-                if len(sheet) * max(1, frames // SHEET_PICTURES) <= outcome.frame.index:
+                if frame.index in shown:
                     sheet.append(overlay)
+                    captions.append(caption(defects))
             on_frame(statistics.captured, frames)
         backend = inspector.backend
     with writing_to(folder / "results.jsonl"):
         (folder / "results.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    save_picture(folder / "contact-sheet.png", contact_sheet(sheet[:SHEET_PICTURES], SHEET_COLUMNS))
+    save_picture(folder / "contact-sheet.png", contact_sheet(sheet, SHEET_COLUMNS, captions))
     stages = {stage: percentiles(np.asarray([ms[stage] for ms in timings])) for stage in timings[0]}
     return {
         "schema": "dapo-edge demo 1",
@@ -57,6 +70,22 @@ def inspect_belt(
         "backend": backend.name,
         "precision": backend.precision,
         "summary": statistics.as_json(),
+        "confusion": confusion.as_json(),
         "stages": stages,
         "files": sorted(str(path) for path in folder.iterdir()),
     }
+
+
+def sheet_frames(frames: int) -> frozenset[int]:
+    """Which of so many frames go on the sheet: each with another part, wholly in view, spread over the run."""
+    parts = -(-frames // PART_FRAMES)
+    spread = np.linspace(0, parts - 1, min(parts, SHEET_PICTURES))
+    return frozenset(max(0, PART_FRAMES * round(part) - LEAD_FRAMES) for part in spread)
+
+
+def caption(defects: Sequence[TrueDefect]) -> str:
+    """The truth in words, from left to right: `truth: scratch`; what is barely visible stands in brackets."""
+    ordered = sorted(defects, key=lambda defect: defect.box[0])
+    visible = dict.fromkeys(defect.type for defect in ordered if defect.visible)
+    barely = dict.fromkeys(f"({defect.type})" for defect in ordered if defect.type not in visible)
+    return "truth: " + (", ".join([*visible, *barely]) or "good")

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dapo_edge.doctor import Diagnosis
 
 STAGE_COLUMNS = ("mean", "p50", "p90", "p99", "max")
+MOST_WORDS = 3  # wrong ones per type, so that a row stays a line; the JSON has all
 
 
 def stage_table(stages: dict[str, dict[str, float]]) -> Table:
@@ -38,16 +39,49 @@ def bench_table(result: dict[str, Any]) -> Group:
 
 def demo_table(result: dict[str, Any]) -> Group:
     """The `demo` document."""
-    summary = result["summary"]
-    verdicts = ", ".join(f"{count} {verdict}" for verdict, count in summary["verdicts"].items())
+    summary, confusion = result["summary"], result["confusion"]
+    title = f"{result['package']}: {summary['inspected']} of {summary['captured']} frames inspected"
+    alarms = f"{confusion['false_alarms_per_frame']:.2f} false alarms per frame ({confusion['false_alarms']} in all)"
     return Group(
-        Text(
-            f"{result['package']}: {summary['inspected']} of {summary['captured']} frames inspected, {verdicts}", "bold"
-        ),
+        Text(title, "bold"),
         Text(f"{result['backend']} {result['precision']} on {result['device']['line']}; weights: {result['weights']}"),
+        Text(),
+        _verdict_confusion(confusion["verdicts"]),
+        Text(),
+        _type_confusion(confusion["types"]),
+        Text(alarms),
+        Text(),
         stage_table(result["stages"]),
+        Text(),
         *(Text(f"  {path}") for path in result["files"]),
     )
+
+
+def _verdict_confusion(verdicts: dict[str, dict[str, int]]) -> Table:
+    """What is on the frames against what was decided."""
+    rows = {"defective": "defect in view", "barely": "only a sliver of one", "good": "no defect"}
+    table = Table("truth, frames", *verdicts["good"], box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row, title in rows.items():
+        table.add_row(title, *map(str, verdicts[row].values()))
+    return table
+
+
+def _type_confusion(types: dict[str, dict[str, Any]]) -> Table:
+    """What became of the true defects, type by type."""
+    table = Table("true defect", "regions", "found", "right word", "other words", box=None, pad_edge=False)
+    for column in table.columns[1:4]:
+        column.justify = "right"
+    for name, counts in types.items():
+        right = str(counts["right"]) if counts["word"] else "no such word"
+        wrong = [(word, count) for word, count in counts["called"].items() if word not in (name, "missed")]
+        others = ", ".join(f"{word} {count}" for word, count in wrong[:MOST_WORDS])
+        table.add_row(Text(name), str(counts["regions"]), str(counts["found"]), right, Text(others))
+    if types:
+        sums = [str(sum(counts[key] for counts in types.values())) for key in ("regions", "found", "right")]
+        table.add_row("all", *sums, style="bold")
+    return table
 
 
 def package_table(content: dict[str, Any]) -> Table:

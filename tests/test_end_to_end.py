@@ -13,6 +13,7 @@ def test_demo_leaves_package_video_sheet_and_results(tmp_path: Path) -> None:
     assert demo.returncode == 0, demo.stderr
     result = json.loads(demo.stdout)
     assert result["summary"]["inspected"] == 12
+    assert sum(sum(counts.values()) for counts in result["confusion"]["verdicts"].values()) == 12
     assert sorted(Path(path).name for path in result["files"]) == ["belt.mp4", "contact-sheet.png", "results.jsonl"]
     results = (tmp_path / "surface-tiny-demo" / "results.jsonl").read_text().splitlines()
     assert [json.loads(line)["index"] for line in results] == list(range(12))

@@ -32,10 +32,15 @@ def build_frames(origin: str, count: int, *, good_only: bool, seed: int) -> Buil
     Raises `RecipeError` for a folder that is not there and `SourceError` for one without images.
     """
     if origin == "synthetic":
-        from dapo_edge.data.surfaces import make_surface
+        from dapo_edge.data.surfaces import Framing, make_surface
 
-        good_share = 1.0 if good_only else 0.5
-        return BuildFrames(count, lambda index: make_surface(seed + index, SYNTHETIC_SIZE, good_share=good_share).image)
+        def draw(index: int) -> View:
+            # Surfaces fill the frame, parts lie on the belt: a line may look at either.
+            framing: Framing = "part" if index % 2 else "surface"
+            share = 1.0 if good_only else 0.5
+            return make_surface(seed + index, SYNTHETIC_SIZE, good_share=share, framing=framing).image
+
+        return BuildFrames(count, draw)
     from dapo_edge.data.pictures import read_image
     from dapo_edge.runtime.sources.stills import images_in
 
