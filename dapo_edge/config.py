@@ -239,7 +239,8 @@ def parse_section(model: type[Section], data: dict[str, Any], origin: str) -> An
         # As JSON, strict types still take a list for a tuple and a text for a path.
         return model.model_validate_json(_as_json(data, origin))
     except ValidationError as error:
-        mistakes = [_describe(model, dict(item)) for item in error.errors(include_url=False)]
+        found = [dict(item) for item in error.errors(include_url=False)]
+        mistakes = [_describe(model, item) for item in found if not _is_echo(item)]
         raise RecipeError(
             f"{origin}: {'; '.join(dict.fromkeys(mistakes))}", "See the valid keys: dapo-edge build --schema"
         ) from error
@@ -309,6 +310,11 @@ _RecipeLoader.add_implicit_resolver(
 )
 
 
+def _is_echo(item: dict[str, Any]) -> bool:
+    """Whether a list only counts as too short because an item, named by itself, was refused."""
+    return item["type"] == "too_short" and len(item["input"]) > item["ctx"]["actual_length"]
+
+
 def _describe(model: type[BaseModel], item: dict[str, Any]) -> str:
     where = ".".join(str(part) for part in item["loc"] if "[" not in str(part))  # pydantic names union members there
     if item["type"] == "extra_forbidden":
@@ -317,8 +323,11 @@ def _describe(model: type[BaseModel], item: dict[str, Any]) -> str:
         return f"unknown key '{where}' ({hint[0].lower()}{hint[1:]})"
     if item["type"] == "missing":
         return f"the key '{where}' is missing"
-    text = item["msg"].removeprefix("Value error, ").replace("tuple", "list")
+    text = item["msg"].removeprefix("Value error, ").replace("tuple", "list").replace("Tuple", "List")
     return f"'{where}' is {item['input']!r:.60}: {text[0].lower()}{text[1:]}" if where else text
+
+
+_ITEMS: dict[int | str, type[BaseModel]] = {"defects": DefectType, "stages": Stage}  # of the lists in a recipe
 
 
 def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
@@ -327,6 +336,6 @@ def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
         inner = None if field is None else field.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             model = inner
-        elif part == "defects":
-            model = DefectType
+        elif part in _ITEMS:
+            model = _ITEMS[str(part)]
     return list(model.model_fields)

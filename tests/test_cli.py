@@ -133,6 +133,22 @@ def test_recipe_errors(recipe_file: Path, tiny_fields: dict[str, Any], tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
 
 
+def test_tune(tiny_fields: dict[str, Any], tmp_path: Path) -> None:
+    fields = {**tiny_fields, "image_size": 64, "prompts": {"defects": ["hole", "stain"]}}
+    fields["tuning"] = {"images": 8, "validation": 0.5, "loss_px": 16, "stages": [{"epochs": 1}]}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(fields))
+    first = dapo_edge("tune", tmp_path / "r.yaml", "--json", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    result = json.loads(first.stdout)
+    assert list(result) == ["schema", "tuned", "epochs", "best_epoch", "best"]
+    assert (result["schema"], result["epochs"], result["best_epoch"]) == ("dapo-edge tune 1", 1, 1)
+    assert {"map_loss", "image_loss", "pixel_auroc", "image_auroc", "aupro", "type_accuracy"} <= result["best"].keys()
+    assert result["tuned"] == "tuned/tiny/best.safetensors"
+    assert (tmp_path / result["tuned"]).is_file()
+    refused(2, "can't be read", result=dapo_edge("tune", tmp_path / "none.yaml"))
+    refused(2, "Missing argument", result=dapo_edge("tune"))
+
+
 def test_package_and_source_errors(package: EnginePackage, package_copy: Path, tmp_path: Path) -> None:
     refused(3, "there is no engine package", result=dapo_edge("run", tmp_path / "no.dapo", "synthetic://"))
     refused(5, "unknown kind", "synthetic://", result=dapo_edge("run", package.path, "rtps://camera"))
@@ -351,7 +367,7 @@ def test_the_first_result_comes_within_two_seconds(package: EnginePackage) -> No
 
 def test_help_of_every_command() -> None:
     help_text = dapo_edge("--help").stdout
-    for command in ("build", "run", "show", "doctor", "bench", "demo"):
+    for command in ("build", "tune", "synth", "run", "show", "doctor", "bench", "demo"):
         assert command in help_text
         assert dapo_edge(command, "--help").returncode == 0
     assert json.loads(dapo_edge("build", "--schema").stdout)["title"] == "Recipe"

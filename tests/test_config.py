@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dapo_edge.config import load_recipe, parse_recipe, recipe_schema
+from dapo_edge.config import PARTS, load_recipe, parse_recipe, recipe_schema
 from dapo_edge.errors import RecipeError
 
 VALID: dict[str, Any] = {"name": "a", "backbone": {"model": "ViT-B-16"}, "prompts": {"defects": ["scratch"]}}
@@ -151,3 +151,64 @@ def test_odd_yaml(tmp_path: Path, text: str, message: str | None) -> None:
         return
     with pytest.raises(RecipeError, match=message):
         load_recipe(tmp_path / "r.yaml")
+
+
+def test_a_tuning_plan_has_a_default_for_everything() -> None:
+    plan = parse_recipe(VALID).tuning
+    assert parse_recipe({**VALID, "tuning": {}}).tuning == parse_recipe({**VALID, "tuning": None}).tuning == plan
+    assert (plan.data, plan.layout, plan.precision) == ("synthetic", "folder", "fp32")
+    assert [stage.learn for stage in plan.stages] == [PARTS], "everything learns at once, as published"
+    assert plan.stages[0].learning_rate == 1e-3
+
+
+def test_a_wrong_item_is_not_counted_as_a_missing_one() -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe({**VALID, "tuning": {"stages": [{"epoch": 2}]}})
+    assert caught.value.cause == "recipe: unknown key 'tuning.stages.0.epoch' (did you mean 'epochs'?)"
+
+
+def test_a_stage_table() -> None:
+    stages = [{"learn": ["context"], "epochs": 2}, {"learn": ["adapters", "visual_tokens"], "learning_rate": 1e-4}]
+    plan = parse_recipe({**VALID, "tuning": {"stages": stages}}).tuning
+    assert [(stage.learn, stage.epochs, stage.learning_rate) for stage in plan.stages] == [
+        (("context",), 2, 1e-3),
+        (("adapters", "visual_tokens"), 5, 1e-4),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epochs": 3}, r"unknown key 'tuning.epochs'"),
+        ({"bach": 3}, r"unknown key 'tuning.bach' \(did you mean 'batch'"),
+        ({"stages": []}, r"'tuning.stages' is \[\]: list should have at least 1 item"),
+        ({"stages": [{"learn": []}]}, "'tuning.stages.0.learn'"),
+        ({"stages": [{"learn": ["context", "context"]}]}, "a part is named twice"),
+        ({"stages": [{}, {"learn": ["adaptors"]}]}, "'tuning.stages.1.learn.0' is 'adaptors'"),
+        ({"stages": [{"epochs": 0}]}, "'tuning.stages.0.epochs' is 0"),
+        ({"stages": [{"learning_rate": 0}]}, "'tuning.stages.0.learning_rate' is 0"),
+        ({"stages": [{"learning_rate": float("nan")}]}, "'tuning.stages.0.learning_rate'"),
+        ({"stages": [{"learning_rate": 2}]}, "'tuning.stages.0.learning_rate' is 2"),
+        ({"stages": [{"epoch": 2}]}, r"unknown key 'tuning.stages.0.epoch' \(did you mean 'epochs'"),
+        ({"validation": 0}, "'tuning.validation' is 0"),
+        ({"validation": 0.9}, "'tuning.validation' is 0.9"),
+        ({"images": 7}, "'tuning.images' is 7"),
+        ({"precision": "fp16"}, "'tuning.precision' is 'fp16'"),
+        ({"categories": []}, "'tuning.categories'"),
+        ({"categories": "bottle"}, "'tuning.categories' is 'bottle'"),
+        ({"data": ""}, "'tuning.data'"),
+        ({"loss_px": 4}, "'tuning.loss_px' is 4"),
+        ({"seed": -1}, "'tuning.seed' is -1"),
+    ],
+    ids=str,
+)
+def test_mistakes_in_a_tuning_plan(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe({**VALID, "tuning": change})
+
+
+def test_pictures_to_tune_on_lie_relative_to_the_recipe(tmp_path: Path) -> None:
+    text = "name: a\nbackbone: {model: x}\nprompts: {defects: [a]}\ntuning: {data: %s}\n"
+    for written, read in (("pictures", str(tmp_path / "pictures")), ("synthetic", "synthetic"), ("/data", "/data")):
+        (tmp_path / "r.yaml").write_text(text % written)
+        assert load_recipe(tmp_path / "r.yaml").tuning.data == read

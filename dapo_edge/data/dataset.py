@@ -5,6 +5,7 @@ A data set is a list of samples, which are paths only; pixels are read one pictu
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dapo_edge.data.pictures import read_image, read_mask
+from dapo_edge.data.pictures import picture_size, read_image, read_mask
 from dapo_edge.errors import RecipeError, SourceError, did_you_mean
 from dapo_edge.structures import NORMAL, Picture, Truth
 
@@ -48,6 +49,17 @@ class FileSet:
         check_names(self.names)
         for sample in self.samples:
             _index_of(sample, self.names)
+
+    @property
+    def identity(self) -> str:
+        """A hash over every file's name, type, size and time of change: other pictures, another identity."""
+        digest = hashlib.sha256(repr(self.names).encode())
+        for sample in self.samples:
+            for path in filter(None, (sample.image, sample.mask)):
+                status = path.stat() if path.exists() else None
+                known = (status.st_size, status.st_mtime_ns) if status else None
+                digest.update(repr((path.name, sample.category, sample.defect, known)).encode())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -92,6 +104,21 @@ def check_samples(samples: Sequence[Sample]) -> None:
             )
 
 
+def check_files(samples: Iterable[Sample]) -> None:
+    """Raise `SourceError` for a file that is not there, a defective image without a mask, or a mask of another size.
+
+    Looks at headers only, so that hours of work do not end at a file that could have been named at once.
+    """
+    for sample in samples:
+        size = picture_size(sample.image)
+        if not sample.is_good:
+            if sample.mask is None:
+                raise _no_mask(sample)
+            found = picture_size(sample.mask, "mask")
+            if found != size:
+                raise _other_size(sample.mask, found, size)
+
+
 def check_names(names: Sequence[str]) -> None:
     """Raise `RecipeError` unless these can name the types of a truth."""
     if not names or names[0] != NORMAL:
@@ -115,19 +142,28 @@ def _index_of(sample: Sample, names: Sequence[str]) -> int:
 def _defective(sample: Sample, shape: tuple[int, ...]) -> NDArray[np.bool_]:
     """The mask of a defective sample, [H, W] bool with at least one pixel set."""
     if sample.mask is None:
-        raise SourceError(
-            f"the image '{sample.image}' shows '{sample.defect}' but has no mask",
-            "Add a mask of the image's size whose defective pixels are white, or leave the image out",
-        )
+        raise _no_mask(sample)
     mask = read_mask(sample.mask)
     if mask.shape != shape:
-        raise SourceError(
-            f"the mask '{sample.mask}' is {mask.shape[1]}x{mask.shape[0]}, its image {shape[1]}x{shape[0]}",
-            "Save both in the same size; masks are not resized, that would move edges",
-        )
+        raise _other_size(sample.mask, mask.shape[::-1], shape[::-1])
     if not mask.any():
         raise SourceError(
             f"the mask '{sample.mask}' is all black, but '{sample.image}' counts as '{sample.defect}'",
             "Mark the defect in white, or move the image to the good ones",
         )
     return mask
+
+
+def _no_mask(sample: Sample) -> SourceError:
+    return SourceError(
+        f"the image '{sample.image}' shows '{sample.defect}' but has no mask",
+        "Add a mask of the image's size whose defective pixels are white, or leave the image out",
+    )
+
+
+def _other_size(mask: Path, found: tuple[int, ...], wanted: tuple[int, ...]) -> SourceError:
+    """Sizes are (width, height)."""
+    return SourceError(
+        f"the mask '{mask}' is {found[0]}x{found[1]}, its image {wanted[0]}x{wanted[1]}",
+        "Save both in the same size; masks are not resized, that would move edges",
+    )

@@ -6,8 +6,9 @@ Nothing depends on the data: a stretch to the darkest and brightest pixel would 
 from __future__ import annotations
 
 import stat
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +24,26 @@ EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YC
 SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 INDEX_MODES = ("1", "L", "P", *SIXTEEN_BIT_MODES)  # a mask's grey levels or numbers; 0 is good
 SHIFT_BITS = 8  # 16-bit grey to 8-bit
+ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # of EXIF
 IMAGE_EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+T = TypeVar("T")
+
+
+def _upright(image: Image) -> Image:
+    """All pixels, turned as the EXIF data say."""
+    from PIL import ImageOps
+
+    image.load()
+    # The colour table's transparency is dropped like any alpha; left there, Pillow warns about it.
+    image.info.pop("transparency", None)
+    return ImageOps.exif_transpose(image)
+
+
+def _upright_size(image: Image) -> tuple[int, int]:
+    width, height = image.size
+    return (height, width) if image.getexif().get(ORIENTATION, 1) in SIDEWAYS else (width, height)
 
 
 def read_image(path: str | Path) -> NDArray[np.uint8]:
@@ -34,20 +54,28 @@ def read_image(path: str | Path) -> NDArray[np.uint8]:
     to the part, and a defect below a transparent pixel must stay visible.
     """
     path = Path(path)
-    return _to_bgr(_load(path, "image"), path)
+    return _to_bgr(_load(path, "image", _upright), path)
 
 
 def read_mask(path: str | Path) -> NDArray[np.bool_]:
     """Defective pixels of a mask file, [H, W] bool: those that are not 0. Raises `FrameError` as `read_image`."""
-    image = _load(Path(path), "mask")
+    image = _load(Path(path), "mask", _upright)
     if image.mode in INDEX_MODES:
         return np.asarray(image) > 0
     levels: NDArray[np.uint8] = np.asarray(image.convert("RGB")).max(axis=2)
     return levels > 0
 
 
-def _load(path: Path, kind: str) -> Image:
-    """All pixels of a file, upright, or a `FrameError` that calls it a `kind`."""
+def picture_size(path: str | Path, kind: str = "image") -> tuple[int, int]:
+    """Width and height in pixels of the picture that `read_image` or `read_mask` would give, from the header alone.
+
+    Raises `FrameError` as they do, as far as the header tells.
+    """
+    return _load(Path(path), kind, _upright_size)
+
+
+def _load(path: Path, kind: str, take: Callable[[Image], T]) -> T:
+    """What `take` makes of a file, or a `FrameError` that calls it a `kind`."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -55,7 +83,7 @@ def _load(path: Path, kind: str) -> Image:
         if status.st_size == 0:
             raise FrameError(f"the {kind} '{path}' is empty (0 bytes)", "Write the file again")
         with path.open("rb") as file:
-            return _decode(file, path, kind)
+            return take(_opened(file, path, kind))
     except FrameError:
         raise
     except MemoryError as error:
@@ -69,9 +97,8 @@ def _load(path: Path, kind: str) -> Image:
         raise FrameError(cause, "It is truncated or damaged: write the file again") from error
 
 
-def _decode(file: IO[bytes], path: Path, kind: str) -> Image:
-    from PIL import ImageOps
-
+def _opened(file: IO[bytes], path: Path, kind: str) -> Image:
+    """An image that can be used, its pixels not read yet."""
     image = _identify(file)
     if image is None:
         cause = f"the {kind} '{path}' is in no known format"
@@ -80,10 +107,7 @@ def _decode(file: IO[bytes], path: Path, kind: str) -> Image:
     if image.mode not in EIGHT_BIT_MODES + SIXTEEN_BIT_MODES:
         cause = f"the {kind} '{path}' has pixels of mode '{image.mode}', which have no fixed range"
         raise FrameError(cause, "Save it with 8 bits per channel, or as 16-bit grey")
-    image.load()
-    # The colour table's transparency is dropped like any alpha; left there, Pillow warns about it.
-    image.info.pop("transparency", None)
-    return ImageOps.exif_transpose(image)
+    return image
 
 
 def _identify(file: IO[bytes]) -> Image | None:

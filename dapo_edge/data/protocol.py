@@ -9,11 +9,27 @@ from typing import Any
 
 import yaml
 
-# Generated pictures are numbered; the ranges of two purposes never meet.
-PRETRAINING_SEED = 10**9
-TUNING_SEED = 10**7
-VALIDATION_SEED = 2 * 10**7
-TEST_SEED = 3 * 10**7
+from dapo_edge.errors import RecipeError
+
+# Every picture of the generated world has a number. Each purpose has a stretch of its own, and within it each seed.
+PRETRAINING = 0  # the first stretch is shared with `make_surface` called with small numbers of one's own
+TUNING, TEST, THRESHOLDS, GATE = range(1, 5)
+_STRETCH, _SEED_BITS, PICTURES_PER_SEED = 2**44, 20, 2**24
+FREE_FROM = 5 * _STRETCH  # numbers that no purpose uses
+
+
+def first_picture(purpose: int, seed: int, count: int) -> int:
+    """Number of the first of `count` pictures. Stretches of two purposes never meet; seeds repeat after 2^20.
+
+    Raises `RecipeError` for more pictures than a seed has.
+    """
+    if count > PICTURES_PER_SEED:
+        raise RecipeError(
+            f"{count} pictures are more than one seed has", f"Use at most {PICTURES_PER_SEED}, or several seeds"
+        )
+    if purpose == PRETRAINING:
+        return 10**9 * (1 + seed % 1000)
+    return purpose * _STRETCH + seed % 2**_SEED_BITS * PICTURES_PER_SEED
 
 
 @dataclass(frozen=True)

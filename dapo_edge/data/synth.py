@@ -26,14 +26,15 @@ from dapo_edge.data.dataset import SplitName
 from dapo_edge.data.flaws import DEFECTS
 from dapo_edge.data.layouts import layout_of
 from dapo_edge.data.materials import MATERIALS
+from dapo_edge.data.protocol import FREE_FROM
 from dapo_edge.data.surfaces import check_world, make_surface, stream
 from dapo_edge.errors import OutputError, RecipeError
 from dapo_edge.structures import NORMAL, Picture
 
 MIN_IMAGES = 3  # of a category: good ones to train and to test, and a defective one
 TRAIN_SHARE, GOOD_SHARE = 0.3, 0.2  # the rest of a category is defective
-# Beyond the seeds that training and its tests use, so that a written set repeats none of their pictures.
-SEEDS = (2**40, 2**62)
+# Beyond the numbers that training and its tests use, so that a written set repeats none of their pictures.
+SEEDS = (FREE_FROM, 2**62)
 _TIMESTAMP = "20240101000000"  # stands in Real-IAD's file names
 
 OnImage = Callable[[int, int], object]

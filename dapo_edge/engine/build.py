@@ -18,6 +18,7 @@ from dapo_edge.backends.base import Backend
 from dapo_edge.backends.openvino import OpenVinoBackend
 from dapo_edge.calibration.thresholds import threshold_at
 from dapo_edge.config import Recipe
+from dapo_edge.data import protocol
 from dapo_edge.device import cpu_name
 from dapo_edge.engine import gate
 from dapo_edge.engine.export import export_encoder
@@ -43,7 +44,6 @@ from dapo_edge.prompt_bank import PromptBank
 
 REPORT_SCHEMA = "dapo-edge report 1"
 MIN_CALIBRATION_FRAMES = 8
-THRESHOLD_SEED, GATE_SEED = 1_000_000, 2_000_000  # generated frames of the two steps never coincide
 
 Progress = Callable[[str, int, int], None]  # step in words, done, of
 
@@ -149,7 +149,8 @@ def _calibrated(job: _Job, draft: EnginePackage) -> Thresholds:
     wanted = job.recipe.thresholds
     if wanted.frames is None:
         return Thresholds()
-    views = build_frames(wanted.frames, wanted.count, good_only=True, seed=THRESHOLD_SEED + job.recipe.seed)
+    first = protocol.first_picture(protocol.THRESHOLDS, job.recipe.seed, wanted.count)
+    views = build_frames(wanted.frames, wanted.count, good_only=True, seed=first)
     if len(views) < MIN_CALIBRATION_FRAMES:
         raise RecipeError(
             f"'{wanted.frames}' holds {len(views)} frames of good parts, thresholds need {MIN_CALIBRATION_FRAMES}",
@@ -174,7 +175,8 @@ def _calibrated(job: _Job, draft: EnginePackage) -> Thresholds:
 def _passed_gate(job: _Job, draft: EnginePackage, thresholds: Thresholds) -> dict[str, Any]:
     """Compare FP32, and the recipe's precision, with eager torch. Raises `GateError`."""
     recipe = job.recipe
-    views = build_frames(recipe.gate.frames, recipe.gate.count, good_only=False, seed=GATE_SEED + recipe.seed)
+    first = protocol.first_picture(protocol.GATE, recipe.seed, recipe.gate.count)
+    views = build_frames(recipe.gate.frames, recipe.gate.count, good_only=False, seed=first)
     done = itertools.count(1)
     job.progress("accuracy gate", 0, len(views))
     with contextlib.ExitStack() as stack:

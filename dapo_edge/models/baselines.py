@@ -18,6 +18,7 @@ import yaml
 from torch import Tensor, nn
 
 from dapo_edge.config import Part
+from dapo_edge.errors import RecipeError
 from dapo_edge.models.clip import Clip
 from dapo_edge.models.dapo import Dapo, DapoOptions
 from dapo_edge.models.prompts import encode_sentences
@@ -25,47 +26,64 @@ from dapo_edge.models.prompts import encode_sentences
 _PLAIN = DapoOptions(groups=1, context_tokens=0, text_depth=0, text_tokens=0, visual_tokens=0)
 
 
-class Handcrafted(Dapo):
+class _Baseline(Dapo):
+    """A part of DAPO switched off or replaced; it has no file format of its own."""
+
+    def save(self, path: Path) -> None:
+        """Refused: as a DAPO file it would mean something else."""
+        raise RecipeError("a baseline can't be saved", "Tune 'dapo' to get a file for a package")
+
+
+class _WrittenPrompts(_Baseline):
+    """The ensemble at the temperature that CLIP was trained with: its constant rows can't be spread by learning."""
+
+    def __init__(self, clip: Clip, *, feature_layers: tuple[int, ...] | None = None, seed: int = 0) -> None:
+        temperature = 1 / float(clip.text.logit_scale.detach().exp())
+        options = _PLAIN.model_copy(update={"temperature": temperature})
+        super().__init__(clip, options=options, feature_layers=feature_layers, seed=seed)
+        self._known: dict[tuple[tuple[str, ...], str], Tensor] = {}
+
+    def rows(self, phrases: Sequence[str], noun: str) -> Tensor:
+        """Unit rows [K+1, D], constant."""
+        words = (tuple(phrases), noun)
+        if words not in self._known:
+            self._known[words] = ensemble_rows(self.clip, *words)
+        return self._known[words]
+
+
+class Handcrafted(_WrittenPrompts):
     """No tuning at all: an ensemble of written prompts, and patches through CLIP's own head."""
 
     def __init__(self, clip: Clip, *, feature_layers: tuple[int, ...] | None = None, seed: int = 0) -> None:
         """By default the last block alone is tapped: CLIP's head was made for it."""
-        super().__init__(clip, options=_PLAIN, feature_layers=feature_layers or (clip.layers,), seed=seed)
+        super().__init__(clip, feature_layers=feature_layers or (clip.layers,), seed=seed)
 
     def adapt(self, taps: Sequence[Tensor]) -> Tensor:
         """Raw taps to tokens [B, L, N, D] by CLIP's final norm and projection."""
         return head_tokens(self.clip, taps)
-
-    def rows(self, phrases: Sequence[str], noun: str) -> Tensor:
-        """Unit rows [K+1, D], constant."""
-        return ensemble_rows(self.clip, tuple(phrases), noun)
 
     def learnables(self) -> dict[Part, list[nn.Parameter]]:
         """Nothing."""
         return {}
 
 
-class AdaptersOnly(Dapo):
+class AdaptersOnly(_WrittenPrompts):
     """MultiADS-like: the written prompts, one for each type, and a learnable adapter per feature layer."""
-
-    def __init__(self, clip: Clip, *, seed: int = 0) -> None:
-        super().__init__(clip, options=_PLAIN, seed=seed)
-
-    def rows(self, phrases: Sequence[str], noun: str) -> Tensor:
-        """Unit rows [K+1, D], constant."""
-        return ensemble_rows(self.clip, tuple(phrases), noun)
 
     def learnables(self) -> dict[Part, list[nn.Parameter]]:
         """The adapters."""
         return {"adapters": super().learnables()["adapters"]}
 
 
-class TwoPrompts(Dapo):
-    """AnomalyCLIP-like: one normal and one abnormal prompt, learnt, for any object; patches through CLIP's own head."""
+class TwoPrompts(_Baseline):
+    """AnomalyCLIP-like: one normal and one abnormal prompt, learnt, for any object; the last block through CLIP's head.
+
+    Its attention is CLIP's own: AnomalyCLIP's V-V attention is left out.
+    """
 
     def __init__(self, clip: Clip, *, seed: int = 0) -> None:
         options = DapoOptions(groups=1, context_tokens=12, text_tokens=4, visual_tokens=0)
-        super().__init__(clip, options=options, seed=seed)
+        super().__init__(clip, options=options, feature_layers=(clip.layers,), seed=seed)
 
     def adapt(self, taps: Sequence[Tensor]) -> Tensor:
         """Raw taps to tokens [B, L, N, D] by CLIP's final norm and projection."""
@@ -75,6 +93,18 @@ class TwoPrompts(Dapo):
         """The two prompts and the deep text tokens."""
         parts = super().learnables()
         return {"context": parts["context"], "text_tokens": parts["text_tokens"]}
+
+
+class FixedAdapters(_Baseline):
+    """DAPO without learnable adapters: every feature layer through CLIP's own head."""
+
+    def adapt(self, taps: Sequence[Tensor]) -> Tensor:
+        """Raw taps to tokens [B, L, N, D] by CLIP's final norm and projection."""
+        return head_tokens(self.clip, taps)
+
+    def learnables(self) -> dict[Part, list[nn.Parameter]]:
+        """All but the adapters."""
+        return {part: parameters for part, parameters in super().learnables().items() if part != "adapters"}
 
 
 def head_tokens(clip: Clip, taps: Sequence[Tensor]) -> Tensor:

@@ -200,8 +200,8 @@ def _attend_for_training(query: Tensor, key: Tensor, value: Tensor, mask: Tensor
     """Attention written out: torch's fused one for CPUs takes four times as long backwards."""
     with torch.autocast(query.device.type, enabled=False):
         scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
-        weights = (scores if mask is None else scores + mask.to(scores.dtype)).softmax(dim=-1)
-        return weights @ value
+        weights = (scores if mask is None else scores + mask.to(scores.dtype)).softmax(dim=-1, dtype=torch.float32)
+        return weights.to(value.dtype) @ value
 
 
 def _fixed(x: Tensor) -> list[int]:

@@ -183,7 +183,7 @@ class Dapo(nn.Module):
 
 
 def _draw(clip: Clip, options: DapoOptions, taps: int, seed: int) -> checkpoints.DapoTensors:
-    """Untuned parameters. Adapters start at CLIP's own projection, so that patches and words share a space."""
+    """Untuned parameters. Adapters start at CLIP's own projection, which is close to the words' space."""
     generator = torch.Generator().manual_seed(seed)
     prompts = HybridPrompts.drawn(
         clip,

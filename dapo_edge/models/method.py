@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from dapo_edge.config import DefectType, Part, Recipe
 from dapo_edge.errors import RecipeError, did_you_mean
@@ -38,6 +39,10 @@ class Method(Protocol):
 
     def __call__(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised RGB [B, 3, S, S] to patch tokens after the adapters [B, L, N, D] and image embedding [B, D]."""
+        ...
+
+    def to(self, device: str) -> Self:
+        """Move every parameter, those of the text tower too."""
         ...
 
     def adapt(self, taps: Sequence[Tensor]) -> Tensor:

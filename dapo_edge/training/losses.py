@@ -46,8 +46,10 @@ def image_loss(embedding: Tensor, rows: Tensor, defective: Tensor, temperature: 
 
 
 def dapo_loss(
-    maps: Sequence[Tensor], embedding: Tensor, rows: Tensor, ids: Tensor, temperature: float
+    maps: Sequence[Tensor], embedding: Tensor, rows: Tensor, ids: Tensor, defective: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """The map term and the image term, each with its published weight; their sum is the loss."""
-    defective = (ids > 0).flatten(1).any(dim=1)
+    """The map term and the image term, each with its published weight; their sum is the loss.
+
+    `defective` [B] bool is the label of the whole image: a small defect may have vanished from `ids`.
+    """
     return MAP_WEIGHT * map_loss(maps, ids), IMAGE_WEIGHT * image_loss(embedding, rows, defective, temperature)

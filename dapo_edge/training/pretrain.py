@@ -3,8 +3,8 @@
 Two terms. *Global*: the class token against the caption, softmax over the batch both ways, where every caption that is
 true of an image is a positive (CLIP, arXiv 2103.00020, with shared positives). *Local*: the same for the patches of an
 image that fit a caption best (fine-grained contrast, FILIP, arXiv 2111.07783), among the defective pictures only,
-because most patches of a defective picture are flawless. The run is seeded, resumable, and the same on every machine up
-to rounding: picture i of the run is picture i of the world.
+because most patches of a defective picture are flawless. The run is seeded and resumable, and the same on every machine
+up to rounding.
 
     python -m dapo_edge.training.pretrain OUT --images 300000
 """
@@ -12,6 +12,7 @@ to rounding: picture i of the run is picture i of the world.
 from __future__ import annotations
 
 import csv
+import io
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,13 +23,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dapo_edge.config import Section
-from dapo_edge.data.protocol import PRETRAINING_SEED, surfaces_v1
+from dapo_edge.data import protocol
+from dapo_edge.data.protocol import surfaces_v1
 from dapo_edge.errors import DapoEdgeError, RecipeError
+from dapo_edge.files import write_atomically
 from dapo_edge.models.clip import Clip, load_clip, resize_position, run_block
 from dapo_edge.models.prompts import encode_sentences
 from dapo_edge.training.views import WorldView, world_view
@@ -62,6 +65,12 @@ class Pretraining(Section):
     )
     seed: int = Field(0, ge=0, lt=2**31)
 
+    @model_validator(mode="after")
+    def _whole(self) -> Pretraining:
+        if not self.phases or abs(sum(phase.share for phase in self.phases) - 1) > 1e-6:
+            raise ValueError("the shares of the phases must add up to 1")
+        return self
+
     @property
     def steps(self) -> int:
         """Optimiser steps of the whole run."""
@@ -92,6 +101,7 @@ class Captioned(Dataset[WorldView]):
 
     def __init__(self, settings: Pretraining) -> None:
         self._settings = settings
+        self._first = protocol.first_picture(protocol.PRETRAINING, settings.seed, len(self))
 
     def __len__(self) -> int:
         return self._settings.steps * self._settings.batch
@@ -99,8 +109,7 @@ class Captioned(Dataset[WorldView]):
     def __getitem__(self, index: int) -> WorldView:
         split = surfaces_v1()
         size = self._settings.phase_at(index // self._settings.batch).image_size
-        seed = PRETRAINING_SEED * (1 + self._settings.seed) + index
-        return world_view(seed, size, split.pretraining_materials, split.defects, max_defects=2)
+        return world_view(self._first + index, size, split.pretraining_materials, split.defects, max_defects=2)
 
 
 def pretrain(
@@ -129,14 +138,14 @@ def pretrain(
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(settings, step)
         loss = _loss(clip, batch, settings, step, device)
-        if not torch.isfinite(loss):
-            raise DapoEdgeError(
-                f"the loss is {float(loss)} at step {step}",
-                f"Go on from the last saved state in '{folder}' with a lower learning rate",
-            )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if not (torch.isfinite(loss) and torch.isfinite(norm)):  # before they reach the weights
+            raise DapoEdgeError(
+                f"the loss is {float(loss.detach())} and its gradient {float(norm)} long at step {step}",
+                f"Go on from the last saved state in '{folder}' with a lower learning rate",
+            )
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(MAX_SCALE))
@@ -152,10 +161,10 @@ def pretrain(
 
 def save_weights(model: torch.nn.Module, path: Path) -> Path:
     """Write every tensor of a CLIP in FP16, as open_clip reads it."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    save_file({name: tensor.detach().cpu().half().contiguous() for name, tensor in model.state_dict().items()}, path)
-    return path
+    tensors = {name: tensor.detach().cpu().half().contiguous() for name, tensor in model.state_dict().items()}
+    return write_atomically(path, save(tensors))
 
 
 def encode_views(clip: Clip, images: Tensor, keep: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -268,20 +277,26 @@ def _save(folder: Path, settings: Pretraining, model: Any, optimizer: Any, step:
         "optimizer": optimizer.state_dict(),
         "step": step,
     }
-    beside = folder / (STATE + ".new")
-    torch.save(state, beside)
-    beside.replace(folder / STATE)
+    buffer = io.BytesIO()  # a full disk makes torch.save fail with an error of its own
+    torch.save(state, buffer)
+    write_atomically(folder / STATE, buffer.getvalue())
 
 
 def _restore(path: Path, settings: Pretraining, model: Any, optimizer: Any) -> int:
     if not path.exists():
         return 0
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    if state["settings"] != settings.model_dump_json():
-        raise RecipeError(f"'{path}' belongs to a run with other settings", "Name another folder, or the same settings")
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return int(state["step"])
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["settings"] == settings.model_dump_json():
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            return int(state["step"])
+    except Exception as error:  # a damaged archive fails in any way it likes, and so do tensors of another shape
+        raise RecipeError(
+            f"the state of an earlier run, '{path}', can't be read ({type(error).__name__})",
+            "Name another folder, or delete the file to begin again",
+        ) from error
+    raise RecipeError(f"'{path}' belongs to a run with other settings", "Name another folder, or the same settings")
 
 
 def _log(path: Path, step: int, settings: Pretraining, loss: float, model: Any, seconds: float) -> None:
@@ -317,7 +332,11 @@ def main() -> None:
             if step % 20 == 0 or step == of:
                 say(f"step {step}/{of}  loss {loss:.3f}  {time.monotonic() - started:.0f} s")
 
-        say(str(pretrain(settings, folder, device=device, workers=workers, on_step=show, stop_at=stop_at)))
+        try:
+            weights = pretrain(settings, folder, device=device, workers=workers, on_step=show, stop_at=stop_at)
+        except DapoEdgeError as error:
+            raise click.ClickException(str(error)) from error
+        say(str(weights))
 
     run()
 

@@ -6,11 +6,13 @@ weights that it would have reached: pictures, their order and the arithmetic dep
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import json
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,22 +20,21 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor
 
+import dapo_edge
 from dapo_edge.config import Stage, TuningPlan
-from dapo_edge.errors import DapoEdgeError, RecipeError
-from dapo_edge.evaluation.metrics import Evaluation, Summary
-from dapo_edge.kernels import reference
+from dapo_edge.errors import DapoEdgeError, OutputError, RecipeError
+from dapo_edge.evaluation.evaluate import Features, evaluate
+from dapo_edge.evaluation.metrics import Summary
+from dapo_edge.files import write_atomically
 from dapo_edge.kernels.map_spec import MapSpec
 from dapo_edge.models.method import Method
-from dapo_edge.package import writing_to
 from dapo_edge.training.losses import dapo_loss
 from dapo_edge.training.views import ViewStore
 
 STATE, LATEST, BEST = "state.pt", "latest.safetensors", "best.safetensors"
-FEATURE_BYTES = 4 << 30  # features of a frozen encoder above this are computed again in every epoch
-_EVALUATION_BATCH = 32
 
 Progress = Callable[[str, int, int], None]
 
@@ -58,12 +59,18 @@ class Epoch:
 def quality_of(summary: Summary) -> float:
     """What the best epoch is chosen by: mean of pixel, image and type AUROC and AUPRO, as far as they are defined."""
     metrics = (summary.pixel_auroc, summary.image_auroc, summary.type_pixel_auroc, summary.aupro)
-    return float(np.nanmean(metrics))
+    known = [metric for metric in metrics if not math.isnan(metric)]
+    if not known:
+        raise RecipeError(
+            f"the {summary.images} validation pictures show no defect, so no epoch is better than another",
+            "Tune with more pictures, or raise 'tuning.validation'",
+        )
+    return float(np.mean(known))
 
 
 @dataclass(eq=False)
 class Run:
-    """A tuning run: its history and the best state so far. `weights` hold the learnable tensors by part."""
+    """A tuning run: its history, and the best epoch's learnable tensors by part."""
 
     history: list[Epoch] = field(default_factory=list)
     best_epoch: int = 0
@@ -90,22 +97,30 @@ class Trainer:
         folder: Path | None = None,
         save: Callable[[Path], None] | None = None,
         on_progress: Progress = lambda step, done, of: None,
+        on_epoch: Callable[[Run], None] = lambda run: None,
     ) -> None:
         """`phrases` belong to `store.names[1:]`; without `folder` nothing is written. Raises `RecipeError`."""
         if len(phrases) != len(store.names) - 1:
             raise ValueError(f"{len(phrases)} phrases for the names {store.names}")
         self._method, self._store, self._plan, self._spec = method, store, plan, spec
         self._phrases, self._noun = tuple(phrases), noun
-        self._folder, self._save, self._progress = folder, save, on_progress
-        self._training, self._validation = split(store, plan)
+        self._folder, self._save = folder, save
+        self._progress, self._on_epoch = on_progress, on_epoch
+        self._training, self._validation = split_pictures(store, plan)
         learning = {part for stage in plan.stages for part in stage.learn}
         self._parts = {part: parameters for part, parameters in method.learnables().items() if part in learning}
-        if not any(self._parts.values()):
-            raise RecipeError(
-                "nothing is left to learn", "Name a part in 'tuning.stages' that 'options' did not remove"
-            )
+        for number, stage in enumerate(plan.stages, 1):
+            if not any(self._parts.get(part) for part in stage.learn):
+                raise RecipeError(
+                    f"in stage {number} nothing is left to learn",
+                    "Name a part in 'tuning.stages' that 'options' did not remove",
+                )
+        self._start = _digest(itertools.chain(*method.learnables().values()))
         frozen = not self._parts.get("visual_tokens")
         self._features = Features(method, store, precision=plan.precision, frozen=frozen)
+        # What is judged is what a package computes, whatever the precision of learning.
+        is_exact = plan.precision == "fp32"
+        self._checked = self._features if is_exact else Features(method, store, frozen=frozen)
 
     def tune(self, stop_after: int | None = None) -> Run:
         """Learn until the plan's end, or `stop_after` epochs in all; goes on where an earlier run in `folder` ended.
@@ -130,12 +145,16 @@ class Trainer:
                     return run
                 self._one_epoch(run, epoch, number, optimizer)
         self._load(run.best_weights)
+        if self._folder and not (self._folder / BEST).exists():
+            self._write(BEST)  # somebody moved it away
         return run
 
     def _one_epoch(self, run: Run, epoch: int, stage: int, optimizer: torch.optim.Optimizer) -> None:
         started = time.monotonic()
         losses = [self._step(batch, optimizer, epoch) for batch in self._shuffled(epoch)]
-        summary = evaluate(self._method, self._features, self._validation, self._phrases, self._noun, self._spec)
+        if not all(torch.isfinite(p).all() for p in itertools.chain(*self._parts.values())):
+            raise self._no_number("a weight is no number after the last step of", epoch)
+        summary = evaluate(self._method, self._checked, self._validation, self._phrases, self._noun, self._spec)
         map_loss, image_loss = np.mean(losses, axis=0).tolist()
         seconds = time.monotonic() - started
         run.history.append(Epoch(epoch, stage, map_loss, image_loss, quality_of(summary), summary, seconds))
@@ -144,24 +163,31 @@ class Trainer:
             self._write(BEST)
         self._write(LATEST)
         self._write_state(run, stage, optimizer)
+        self._on_epoch(run)
 
     def _step(self, batch: list[int], optimizer: torch.optim.Optimizer, epoch: int) -> tuple[float, float]:
         taps, embedding, types = self._features.fetch(batch)
         rows = self._method.rows(self._phrases, self._noun)
         maps = self._maps(self._method.adapt(taps), rows)
         ids = F.interpolate(types[:, None].float(), size=maps[0].shape[2:], mode="nearest-exact")[:, 0].long()
-        map_loss, image_loss = dapo_loss(maps, embedding, rows, ids, self._method.temperature)
+        defective = (types > 0).flatten(1).any(dim=1)
+        map_loss, image_loss = dapo_loss(maps, embedding, rows, ids, defective, self._method.temperature)
         loss = map_loss + image_loss
         if not torch.isfinite(loss):
-            raise DapoEdgeError(
-                f"the loss is {float(loss)} in epoch {epoch} (pictures {', '.join(map(str, batch[:8]))}...)",
-                "Lower 'learning_rate' in the recipe's tuning stages; "
-                + ("the best weights so far are in " + str(self._folder) if self._folder else "nothing was saved"),
-            )
+            where = f" (pictures {', '.join(map(str, batch[:8]))}...)"
+            raise self._no_number(f"the loss is {float(loss.detach())} in", epoch, where)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         return float(map_loss.detach()), float(image_loss.detach())
+
+    def _no_number(self, what: str, epoch: int, where: str = "") -> DapoEdgeError:
+        return DapoEdgeError(
+            f"{what} epoch {epoch}{where}",
+            f"Tune into another folder with a lower 'learning_rate'; start from 'prompts.tuned: {self._folder / BEST}'"
+            if self._folder and (self._folder / BEST).exists()
+            else "Lower 'learning_rate' in the recipe's tuning stages; nothing was saved",
+        )
 
     def _maps(self, tokens: Tensor, rows: Tensor) -> list[Tensor]:
         """Tokens [B, L, N, D] to probabilities [B, K+1, P, P] of each layer, at the loss's own size."""
@@ -185,9 +211,13 @@ class Trainer:
         rng = np.random.default_rng([self._plan.seed, epoch])
         order = rng.permutation(self._training).tolist()
         for start in range(0, len(order), self._plan.batch):
-            self._progress(f"epoch {epoch}", start, len(order))
+            self._progress("tuning", (epoch - 1) * len(order) + start, self._epochs * len(order))
             yield order[start : start + self._plan.batch]
-        self._progress(f"epoch {epoch}", len(order), len(order))
+        self._progress("tuning", epoch * len(order), self._epochs * len(order))
+
+    @property
+    def _epochs(self) -> int:
+        return sum(stage.epochs for stage in self._plan.stages)
 
     def _weights(self) -> dict[str, list[Tensor]]:
         return {part: [p.detach().clone() for p in parameters] for part, parameters in self._parts.items()}
@@ -196,15 +226,19 @@ class Trainer:
     def _load(self, weights: dict[str, list[Tensor]]) -> None:
         for part, tensors in weights.items():
             for parameter, tensor in zip(self._parts[part], tensors, strict=True):  # type: ignore[index]
+                if parameter.shape != tensor.shape:
+                    raise ValueError(f"{part} is {list(tensor.shape)}, not {list(parameter.shape)}")
                 parameter.copy_(tensor)
 
     def _write(self, name: str) -> None:
         if self._folder and self._save:
-            with writing_to(self._folder / name):
+            beside = self._folder / f".{name}.new"
+            try:
                 self._folder.mkdir(parents=True, exist_ok=True)
-                beside = self._folder / f"{name}.new"
                 self._save(beside)
                 beside.replace(self._folder / name)
+            except (OSError, SafetensorError) as error:  # the latter is its own kind, also where the disk is full
+                raise OutputError.refused(self._folder / name, error) from error
 
     def _write_state(self, run: Run, stage: int, optimizer: torch.optim.Optimizer) -> None:
         if not self._folder:
@@ -220,11 +254,7 @@ class Trainer:
         }
         buffer = io.BytesIO()  # a full disk makes torch.save fail with an error of its own
         torch.save(state, buffer)
-        with writing_to(self._folder / STATE):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            beside = self._folder / f"{STATE}.new"
-            beside.write_bytes(buffer.getvalue())
-            beside.replace(self._folder / STATE)
+        write_atomically(self._folder / STATE, buffer.getvalue())
 
     def _identity(self) -> str:
         """Everything that the result depends on; a run goes on only where it is the same."""
@@ -235,103 +265,49 @@ class Trainer:
                 "phrases": self._phrases,
                 "names": self._store.names,
                 "noun": self._noun,
-                "pictures": len(self._store),
-                "image_size": self._method.image_size,
+                "pictures": self._store.identity,
+                "versions": [dapo_edge.__version__, torch.__version__],
+                "map": asdict(self._spec),
+                "feature_layers": self._method.feature_layers,
+                "readout": getattr(self._method, "readout", None),
                 "backbone": self._method.clip.fingerprint,
                 "parts": shapes,
+                "start": self._start,
             }
         )
 
     def _restore(self, path: Path) -> tuple[Run, dict[str, Any]]:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            identity = state["identity"]
+            if state["identity"] == self._identity():
+                history = [
+                    Epoch(**{**entry, "validation": Summary(**entry["validation"])})
+                    for entry in json.loads(state["history"])
+                ]
+                self._load(state["weights"])
+                return Run(history, int(state["best_epoch"]), state["best_weights"]), state
+        except (OSError, MemoryError):
+            raise
         except Exception as error:  # a damaged archive fails in any way it likes
             raise RecipeError(
                 f"the state of an earlier run, '{path}', can't be read ({type(error).__name__})",
                 "Delete the file to begin again",
             ) from error
-        if identity != self._identity():
-            raise RecipeError(
-                f"'{path}' belongs to a run with other settings, words, pictures or weights",
-                "Tune into another folder (--output), or delete this one to begin again",
-            )
-        history = [
-            Epoch(**{**entry, "validation": Summary(**entry["validation"])}) for entry in json.loads(state["history"])
-        ]
-        self._load(state["weights"])
-        return Run(history, int(state["best_epoch"]), state["best_weights"]), state
+        raise RecipeError(
+            f"'{path}' belongs to a run with other settings, words, pictures or weights",
+            "Tune into another folder (--output), or delete this one to begin again",
+        )
 
 
-class Features:
-    """What a method's encoder gives for pictures; computed once where the encoder is frozen and memory allows it."""
-
-    def __init__(self, method: Method, store: ViewStore, *, precision: str = "fp32", frozen: bool = True) -> None:
-        self.store = store
-        self._method = method
-        self._is_mixed = precision == "bf16"
-        self._mean, self._std = (torch.tensor(v).view(3, 1, 1) for v in (method.clip.mean, method.clip.std))
-        per_picture = len(method.feature_layers) * method.grid[0] * method.grid[1] * method.clip.width * 4
-        self._keeps = frozen and len(store) * per_picture <= FEATURE_BYTES
-        self._kept: dict[int, tuple[list[Tensor], Tensor]] = {}
-
-    def fetch(self, batch: Sequence[int]) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Raw taps [B, N, width] of every feature layer, embedding [B, D], both float32, and true types [B, S, S]."""
-        images, types = self.store.fetch(batch)
-        device = next(self._method.encoder.parameters()).device
-        truth = torch.from_numpy(types).to(device)
-        if not self._keeps:
-            return *self._encode(images, device), truth
-        for place, index in enumerate(batch):
-            if index not in self._kept:
-                # One picture at a time: the result must not depend on which pictures share its batch.
-                with torch.no_grad():
-                    taps, embedding = self._encode(images[place : place + 1], device)
-                self._kept[index] = ([tap[0] for tap in taps], embedding[0])
-        kept = [self._kept[index] for index in batch]
-        taps = [torch.stack(layer) for layer in zip(*(taps for taps, _ in kept), strict=True)]
-        return taps, torch.stack([embedding for _, embedding in kept]), truth
-
-    def _encode(self, images: NDArray[np.uint8], device: torch.device) -> tuple[list[Tensor], Tensor]:
-        rgb = torch.from_numpy(images[..., ::-1].copy()).permute(0, 3, 1, 2).float() / 255
-        with torch.autocast(device.type, torch.bfloat16, enabled=self._is_mixed):
-            taps, embedding = self._method.encoder(((rgb - self._mean) / self._std).to(device))
-        return [tap.float() for tap in taps], embedding.float()
+def _digest(tensors: Iterable[Tensor]) -> str:
+    """Names tensors by their content."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
-@torch.no_grad()
-def evaluate(
-    method: Method, features: Features, indices: Sequence[int], phrases: Sequence[str], noun: str, spec: MapSpec
-) -> Summary:
-    """Metrics of pictures, with maps and scores as the built package would make them."""
-    rows = method.rows(phrases, noun)
-    evaluation = Evaluation(features.store.names)
-    for start in range(0, len(indices), _EVALUATION_BATCH):
-        taps, embedding, types = features.fetch(indices[start : start + _EVALUATION_BATCH])
-        _add_maps(evaluation, method.adapt(taps), embedding, rows, types, spec)
-    return evaluation.summary()
-
-
-def _add_maps(
-    evaluation: Evaluation, tokens: Tensor, embedding: Tensor, rows: Tensor, types: Tensor, spec: MapSpec
-) -> None:
-    """Count pictures in `evaluation`: maps and scores by the reference arithmetic, at the size of `types` [B, H, W].
-
-    A method with one row for all defects gives every type the same share of it.
-    """
-    bank = rows.cpu().numpy()
-    probabilities = reference.patch_probabilities(tokens.cpu().numpy(), bank, spec.temperature, spec.grid)
-    kinds = evaluation.types.types
-    if probabilities.shape[1] == 2 < kinds + 1:
-        probabilities = np.concatenate([probabilities[:, :1], probabilities[:, 1:].repeat(kinds, axis=1) / kinds], 1)
-    height, width = types.shape[1:]
-    maps = np.clip(reference.upsample_maps(probabilities, *spec.tables((width, height))), 0, 1)
-    scores = reference.image_scores(spec.score, embedding.cpu().numpy(), bank, spec.temperature, 1 - maps[:, 0])
-    for channels, score, truth in zip(maps, scores.tolist(), types.cpu().numpy(), strict=True):
-        evaluation.add(channels, score, truth)
-
-
-def split(store: ViewStore, plan: TuningPlan) -> tuple[list[int], list[int]]:
+def split_pictures(store: ViewStore, plan: TuningPlan) -> tuple[list[int], list[int]]:
     """Indices to learn from and to validate on, drawn by the plan's seed. Raises `RecipeError` for too few."""
     order = np.random.default_rng([plan.seed, 0]).permutation(len(store)).tolist()
     held_out = max(1, round(plan.validation * len(order)))

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dapo_edge.config import Recipe, TuningPlan
-from dapo_edge.data.dataset import FileSet, check_samples, names_of
+from dapo_edge.data import protocol
+from dapo_edge.data.dataset import FileSet, check_files, check_samples, names_of
 from dapo_edge.data.flaws import DEFECTS
 from dapo_edge.data.layouts import layout_of
-from dapo_edge.data.protocol import TUNING_SEED, surfaces_v1
+from dapo_edge.data.protocol import surfaces_v1
 from dapo_edge.engine.build import map_spec
 from dapo_edge.errors import RecipeError
+from dapo_edge.extras import require
+from dapo_edge.files import write_atomically
 from dapo_edge.models.clip import load_clip
 from dapo_edge.models.method import method_class
-from dapo_edge.package import writing_to
 from dapo_edge.structures import NORMAL
 from dapo_edge.training.trainer import BEST, Progress, Run, Trainer
 from dapo_edge.training.views import Pictures, ViewStore, World
@@ -28,25 +31,34 @@ def tune(
     recipe: Recipe,
     folder: Path,
     on_progress: Progress = lambda step, done, of: None,
+    *,
+    device: str = "cpu",
     stop_after: int | None = None,
 ) -> Run:
     """Tune the recipe's method into `folder`: best.safetensors, latest.safetensors, log.csv, curves.png, state.pt.
 
-    Goes on where an earlier run in the folder ended. Raises `RecipeError`, `SourceError`, `OutputError` and, for a loss
-    that is no number, `DapoEdgeError`.
+    Goes on where an earlier run in the folder ended; `stop_after` ends it after that many epochs in all, to be gone on
+    with. Raises `RecipeError`, `SourceError`, `OutputError` and, for a loss that is no number, `DapoEdgeError`.
     """
+    require("matplotlib")  # missing it after hours would cost the curves
     kind = method_class(recipe.method)
     backbone, plan = recipe.backbone, recipe.tuning
     on_progress("looking at the pictures", 0, 1)
     names = tuple(defect.name for defect in recipe.prompts.defects)
-    samples = None if plan.data == "synthetic" else _file_set(plan, names)
+    files = _file_set(plan, names) if plan.data != "synthetic" else None
+    if files is None:
+        _check_words(names)
     on_progress("loading the backbone", 0, 1)
     clip = load_clip(backbone.model, pretrained=backbone.pretrained, checkpoint=backbone.checkpoint, seed=recipe.seed)
-    method = kind.from_recipe(recipe, clip)
-    pictures = samples or _generated(plan, names, method.image_size)
+    method = kind.from_recipe(recipe, clip).to(device)
+
+    def show(run: Run) -> None:
+        write_log(run, folder / LOG)
+        draw_curves(run, folder / CURVES)
+
     trainer = Trainer(
         method,
-        ViewStore(pictures, method.image_size),
+        ViewStore(_generated(plan, names, method.image_size) if files is None else files, method.image_size),
         [defect.phrase for defect in recipe.prompts.defects],
         recipe.prompts.object,
         plan,
@@ -54,10 +66,11 @@ def tune(
         folder=folder,
         save=method.save,
         on_progress=on_progress,
+        on_epoch=show,
     )
     run = trainer.tune(stop_after)
-    write_log(run, folder / LOG)
-    draw_curves(run, folder / CURVES)
+    if run.history:
+        show(run)
     return run
 
 
@@ -69,10 +82,11 @@ def best_file(folder: Path) -> Path:
 def write_log(run: Run, path: Path) -> None:
     """One CSV line per epoch: losses, quality and every validation metric."""
     lines = [epoch.as_json() for epoch in run.history]
-    with writing_to(path), path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(lines[0]))
-        writer.writeheader()
-        writer.writerows(lines)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(lines[0]))
+    writer.writeheader()
+    writer.writerows(lines)
+    write_atomically(path, text.getvalue().encode())
 
 
 def draw_curves(run: Run, path: Path) -> None:
@@ -92,19 +106,23 @@ def draw_curves(run: Run, path: Path) -> None:
         axes.set(title=title, xlabel="epoch")
         axes.grid(alpha=0.3)
         axes.legend()
-    with writing_to(path):
-        figure.savefig(path, dpi=100)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=100, format="png")
+    write_atomically(path, picture.getvalue())
 
 
-def _generated(plan: TuningPlan, names: Sequence[str], image_size: int) -> Pictures:
-    """The materials and seeds that surfaces-v1 tunes on, with the defects that the recipe names."""
+def _check_words(names: Sequence[str]) -> None:
     unknown = [name for name in names if name not in DEFECTS]
     if unknown:
         raise RecipeError(
             f"the generated world has no defect {', '.join(map(repr, unknown))}",
             f"Tune with your own pictures ('tuning.data'), or use: {', '.join(DEFECTS)}",
         )
-    first = TUNING_SEED + plan.seed * 100_000
+
+
+def _generated(plan: TuningPlan, names: Sequence[str], image_size: int) -> Pictures:
+    """The materials and numbers that surfaces-v1 tunes on, with the defects that the recipe names."""
+    first = protocol.first_picture(protocol.TUNING, plan.seed, plan.images)
     return World(first, plan.images, image_size, surfaces_v1().tuned_materials, tuple(names), max_defects=2)
 
 
@@ -112,6 +130,7 @@ def _file_set(plan: TuningPlan, names: Sequence[str]) -> FileSet:
     """The labelled test pictures of a data set: DAPO learns from both good and defective ones (methods 1.2)."""
     samples = [s for s in layout_of(plan.layout).read(plan.data, plan.categories) if s.split == "test"]
     check_samples(samples)
+    check_files(samples)
     missing = [name for name in names_of(samples)[1:] if name not in names]
     if missing:
         raise RecipeError(

@@ -49,6 +49,11 @@ class Pictures(Protocol):
         """Row 0 is normal, then the defect types."""
         ...
 
+    @property
+    def identity(self) -> str:
+        """Tells these pictures from others, without reading them."""
+        ...
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Picture | View: ...
@@ -72,6 +77,11 @@ class World:
         """Row 0 is normal, then `defects`."""
         return (NORMAL, *self.defects)
 
+    @property
+    def identity(self) -> str:
+        """As `Pictures.identity`."""
+        return repr(self)
+
     def __len__(self) -> int:
         return self.count
 
@@ -88,6 +98,32 @@ class World:
             max_defects=self.max_defects,
             shift=shifts[index % len(shifts)] if self.shifted else None,
         )
+
+
+@dataclass(frozen=True)
+class AnyDefect:
+    """A world in which all defects are one type, for methods that know no types."""
+
+    NAMES = (NORMAL, "damaged")
+
+    world: World
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Normal, and everything else."""
+        return self.NAMES
+
+    @property
+    def identity(self) -> str:
+        """As `Pictures.identity`."""
+        return f"{self.world.identity} as one type"
+
+    def __len__(self) -> int:
+        return len(self.world)
+
+    def __getitem__(self, index: int) -> View:
+        view = self.world[index]
+        return View(view.image, (view.types > 0).astype(np.uint8))
 
 
 def world_view(
@@ -120,12 +156,19 @@ def world_view(
 
 
 def as_view(picture: Picture | View, image_size: int) -> View:
-    """A picture at the model's input size; its types are taken from the nearest pixel."""
-    size = (image_size, image_size)
-    if isinstance(picture, View) and picture.types.shape == size:
+    """A picture at the model's input size; its types are taken from the nearest pixel, and none of them gets lost."""
+    if isinstance(picture, View) and picture.types.shape == (image_size, image_size):
         return picture
-    types = cv2().resize(picture.types, size, interpolation=cv2().INTER_NEAREST_EXACT)
-    return View(resize_view(picture.image, image_size), types)
+    return View(resize_view(picture.image, image_size), _shrunk(picture.types, image_size))
+
+
+def _shrunk(types: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """Types [H, W] to [side, side]; a speck between the sampled pixels keeps the pixels that it touches."""
+    small: NDArray[np.uint8] = cv2().resize(types, (side, side), interpolation=cv2().INTER_NEAREST_EXACT)
+    for kind in set(np.unique(types).tolist()) - set(np.unique(small).tolist()):
+        rows, columns = np.nonzero(types == kind)
+        small[rows * side // types.shape[0], columns * side // types.shape[1]] = kind
+    return small
 
 
 class ViewStore:
@@ -134,8 +177,9 @@ class ViewStore:
     def __init__(self, pictures: Pictures, image_size: int, workers: int = 2) -> None:
         self.names = pictures.names
         self.image_size = image_size
+        self.identity = pictures.identity
         self._pictures = pictures
-        self._workers = workers
+        self._pool = ThreadPoolExecutor(workers)
         self._fits = len(pictures) * image_size**2 * 4 <= _MEMORY_BYTES
         self._kept: dict[int, View] = {}
 
@@ -144,8 +188,7 @@ class ViewStore:
 
     def fetch(self, indices: Sequence[int]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """Images [B, S, S, 3] BGR and types [B, S, S]. Raises what reading a picture raises."""
-        with ThreadPoolExecutor(self._workers) as pool:
-            views = list(pool.map(self._view, indices))
+        views = list(self._pool.map(self._view, indices))
         return np.stack([view.image for view in views]), np.stack([view.types for view in views])
 
     def _view(self, index: int) -> View:
