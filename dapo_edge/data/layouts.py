@@ -116,7 +116,8 @@ def _read_mvtec(
 
 def _read_folder(root: Path, layout: Layout, categories: Categories) -> Iterator[Sample]:
     """Good images beside a folder per type. Nothing is for training: all samples are `test`."""
-    there = {path.name: path for path in _folders(root) if (path / GOOD).is_dir()}
+    # Any folder with folders inside: a category without good images is an error to be named, not one to be left out.
+    there = {path.name: path for path in _folders(root) if any(_folders(path))}
     if (root / GOOD).is_dir():
         there = {root.resolve().name: root}
     for category in layout.chosen(root, there, categories):

@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 
 from dapo_edge.errors import RecipeError
+from dapo_edge.files import write_atomically
 from dapo_edge.models.clip import first_sentence
 
 FORMAT = "dapo-edge dapo 1"
@@ -89,11 +90,12 @@ def read(path: Path) -> Tuned:
 
 
 def write(path: Path, tensors: DapoTensors, tuning: Tuning) -> None:
-    """Write tuned parameters as safetensors."""
-    from safetensors.torch import save_file
+    """Write tuned parameters as safetensors. Raises `OutputError`."""
+    from safetensors.torch import save
 
-    metadata = {"format": FORMAT, "tuning": json.dumps(asdict(tuning))}
-    save_file({name: getattr(tensors, name).contiguous() for name in FREE_AXES}, path, metadata=metadata)
+    # safetensors writes several keys of metadata in random order: one key makes equal contents equal files.
+    metadata = {"dapo": json.dumps({"format": FORMAT, "tuning": asdict(tuning)})}
+    write_atomically(path, save({name: getattr(tensors, name).contiguous() for name in FREE_AXES}, metadata))
 
 
 def _read_safetensors(path: Path) -> Tuned:
@@ -101,7 +103,7 @@ def _read_safetensors(path: Path) -> Tuned:
 
     try:
         with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
+            metadata = _metadata(file.metadata() or {})
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise RecipeError(f"the tuned file '{path}' can't be read ({error})", "Copy it again") from error
@@ -111,12 +113,20 @@ def _read_safetensors(path: Path) -> Tuned:
             "Give a file that dapo-edge wrote, or a released .pth",
         )
     try:
-        tuning = Tuning(**json.loads(metadata["tuning"]))
+        tuning = Tuning(**metadata["tuning"])
     except (KeyError, TypeError, ValueError, ValidationError) as error:
         raise RecipeError(
             f"'{path}' does not say rightly what it was tuned for ({type(error).__name__})", "Tune again"
         ) from error
     return Tuned(DapoTensors(**{name: tensor.float() for name, tensor in found.items()}), tuning)
+
+
+def _metadata(raw: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        content = json.loads(raw["dapo"])
+    except (KeyError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _read_released(path: Path) -> Tuned:

@@ -20,12 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor
 
 import dapo_edge
 from dapo_edge.config import Stage, TuningPlan
-from dapo_edge.errors import DapoEdgeError, OutputError, RecipeError
+from dapo_edge.errors import DapoEdgeError, RecipeError
 from dapo_edge.evaluation.evaluate import Features, evaluate
 from dapo_edge.evaluation.metrics import Summary
 from dapo_edge.files import write_atomically
@@ -232,13 +231,7 @@ class Trainer:
 
     def _write(self, name: str) -> None:
         if self._folder and self._save:
-            beside = self._folder / f".{name}.new"
-            try:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                self._save(beside)
-                beside.replace(self._folder / name)
-            except (OSError, SafetensorError) as error:  # the latter is its own kind, also where the disk is full
-                raise OutputError.refused(self._folder / name, error) from error
+            self._save(self._folder / name)
 
     def _write_state(self, run: Run, stage: int, optimizer: torch.optim.Optimizer) -> None:
         if not self._folder:

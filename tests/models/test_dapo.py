@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -152,21 +153,24 @@ def test_options_beside_a_tuned_file_must_be_its_own(dapo: Dapo, clip: Clip, tmp
 @pytest.mark.parametrize(
     ("tuning", "message"),
     [
-        ("{", "does not say rightly"),
-        ('{"readout": "last"}', "does not say rightly"),
-        ('{"readout": "eot", "feature_layers": "2, 5"}', "does not say rightly"),
-        ("{}", "does not say rightly"),
+        ([], "does not say rightly"),
+        ({"readout": "last"}, "does not say rightly"),
+        ({"readout": "eot", "feature_layers": "2, 5"}, "does not say rightly"),
+        ({}, "does not say rightly"),
     ],
 )
-def test_tuned_files_of_odd_content(dapo: Dapo, tmp_path: Path, tuning: str, message: str) -> None:
+def test_tuned_files_of_odd_content(dapo: Dapo, tmp_path: Path, tuning: object, message: str) -> None:
     from safetensors.torch import save_file
 
     tensors = {name: getattr(dapo.tensors(), name).contiguous() for name in checkpoints.FREE_AXES}
-    metadata = {"format": checkpoints.FORMAT, "tuning": tuning}
-    save_file(tensors, tmp_path / "x.safetensors", metadata=metadata)
+
+    def metadata(tuning: object) -> dict[str, str]:
+        return {"dapo": json.dumps({"format": checkpoints.FORMAT, "tuning": tuning})}
+
+    save_file(tensors, tmp_path / "x.safetensors", metadata=metadata(tuning))
     with pytest.raises(RecipeError, match=message):
         checkpoints.read(tmp_path / "x.safetensors")
-    fine = {**metadata, "tuning": '{"readout": "eot"}'}
+    fine = metadata({"readout": "eot"})
     broken = {**tensors, "adapter_bias": torch.full((2, 48), float("nan"))}
     save_file(broken, tmp_path / "x.safetensors", metadata=fine)
     with pytest.raises(RecipeError, match=r"adapter_bias in .* holds values that are not numbers"):

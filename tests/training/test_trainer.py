@@ -48,12 +48,7 @@ def histories(run: Run) -> list[dict[str, Any]]:
 
 
 def assert_same_files(one: Path, other: Path) -> None:
-    """Every tensor and what they belong to; the order of the metadata inside is safetensors' own, and changes."""
-    a, b = checkpoints.read(one), checkpoints.read(other)
-    assert a.tuning == b.tuning
-    assert_same_bits(
-        *({name: getattr(file.tensors, name).numpy() for name in checkpoints.FREE_AXES} for file in (a, b))
-    )
+    assert one.read_bytes() == other.read_bytes()
 
 
 def test_a_run_learns_an_easy_world(easy_config: Path) -> None:
@@ -405,7 +400,7 @@ def test_a_full_disk_says_what_to_do(easy_config: Path, tmp_path: Path, monkeypa
 
     trainer = trainer_of(fresh(easy_config), plan_of((("context",), 1)), tmp_path)
     monkeypatch.setattr(Path, "write_bytes", no_room)
-    with pytest.raises(OutputError, match=r"state.pt' can't be written \(No space left on device\)\. Free some space"):
+    with pytest.raises(OutputError, match=r"can't be written \(No space left on device\)\. Free some space"):
         trainer.tune()
 
 
