@@ -49,8 +49,9 @@ def build(recipe: Path | None, output: Path | None, schema: bool, print_demo_rec
 @click.command()
 @click.argument("recipe", type=PACKAGE_PATH)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder of the run [tuned/<name>].")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @as_json
-def tune(recipe: Path, output: Path | None, json_output: bool) -> None:
+def tune(recipe: Path, output: Path | None, device: str, json_output: bool) -> None:
     """Tune the prompts of RECIPE on labelled pictures; goes on where an earlier run was stopped."""
     from dapo_edge.config import load_recipe
     from dapo_edge.training.tune import best_file, result_json
@@ -59,7 +60,7 @@ def tune(recipe: Path, output: Path | None, json_output: bool) -> None:
     loaded = load_recipe(recipe)
     folder = output or Path("tuned") / loaded.name
     with progress_bar() as progress, stop_on_signals(interrupt):
-        run = tune_recipe(loaded, folder, progress)
+        run = tune_recipe(loaded, folder, progress, device=device)
     if json_output:
         print_json(result_json(run, folder))
         return

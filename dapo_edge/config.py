@@ -17,6 +17,7 @@ from dapo_edge.structures import NORMAL
 
 Precision = Literal["fp32", "fp16"]
 MAX_RECIPE_BYTES = 1_000_000
+ASSETS = Path(__file__).parent / "assets"  # tuned prompts that come with the package go by their file name alone
 MAX_DEFECT_TYPES = 254  # a type map stores a channel index in 8 bits
 
 
@@ -78,7 +79,9 @@ class Prompts(Section):
         min_length=1, max_length=MAX_DEFECT_TYPES, description="words, or name: phrase pairs"
     )
     object: str = Field("object", min_length=1, description="the noun that every prompt ends with")
-    tuned: Path | None = Field(None, description="tuned tokens and adapters (.safetensors, or a released .pth)")
+    tuned: Path | None = Field(
+        None, description="tuned tokens and adapters: .safetensors, a released .pth, or a bundled name"
+    )
     readout: Literal["eot", "release"] | None = Field(
         None, description="where the text vector is read; null = as the tuned file says, else eot"
     )
@@ -273,7 +276,10 @@ def resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
     backbone["checkpoint"] = absolute(backbone["checkpoint"])
     if backbone["model"].endswith(".json"):
         backbone["model"] = absolute(backbone["model"])
+    bundled = ASSETS / Path(prompts["tuned"] or "").name
     prompts["tuned"] = absolute(prompts["tuned"])
+    if prompts["tuned"] and not Path(prompts["tuned"]).exists() and bundled.is_file():
+        prompts["tuned"] = str(bundled)
     for section in ("thresholds", "gate"):
         data[section]["frames"] = frames(data[section]["frames"])
     data["tuning"]["data"] = frames(data["tuning"]["data"])
