@@ -17,6 +17,7 @@ from dapo_edge.structures import NORMAL
 
 Precision = Literal["fp32", "fp16"]
 MAX_RECIPE_BYTES = 1_000_000
+SYNTHETIC = "synthetic"  # as it is, or the address of a belt
 ASSETS = Path(__file__).parent / "assets"  # tuned prompts that come with the package go by their file name alone
 MAX_DEFECT_TYPES = 254  # a type map stores a channel index in 8 bits
 
@@ -119,7 +120,7 @@ class Thresholds(Section):
     """Where the good parts end. Without frames the package stays uncalibrated and every verdict is 'unsure'."""
 
     frames: str | None = Field(
-        None, min_length=1, description="folder of good parts, 'synthetic', or null = not calibrated"
+        None, min_length=1, description="folder of good parts, 'synthetic', synthetic://..., or null = not calibrated"
     )
     count: int = Field(64, ge=8, le=100_000, description="how many frames at most")
     false_reject_rate: float = Field(0.01, gt=0, lt=0.5, description="share of good parts that may be rejected")
@@ -128,7 +129,7 @@ class Thresholds(Section):
 class Gate(Section):
     """How far the compiled encoder may be from eager torch before the build fails (exit code 4)."""
 
-    frames: str = Field("synthetic", min_length=1, description="folder of frames, or 'synthetic'")
+    frames: str = Field("synthetic", min_length=1, description="folder of frames, 'synthetic', or synthetic://...")
     count: int = Field(8, ge=1, le=10_000)
     max_map_difference: float = Field(0.02, gt=0, le=1, description="largest difference of any map pixel")
     max_score_difference: float = Field(0.02, gt=0, le=1, description="largest difference of any image score")
@@ -269,7 +270,7 @@ def resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
         return None if value is None else str(folder / os.path.expanduser(value))  # noqa: PTH111 (knows no errors)
 
     def frames(value: str | None) -> str | None:
-        return value if value in (None, "synthetic") else absolute(value)
+        return value if value is None or value.startswith(SYNTHETIC) else absolute(value)
 
     data = recipe.model_dump(mode="json")
     backbone, prompts = data["backbone"], data["prompts"]

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from dapo_edge.bench import percentiles
 from dapo_edge.data.belt import CROSSING_S
+from dapo_edge.data.protocol import surfaces_v1
 from dapo_edge.device import as_json, this_device
 from dapo_edge.outputs.events import frame_json
 from dapo_edge.outputs.overlay import Recorder, contact_sheet, draw, save_picture
@@ -23,7 +24,9 @@ from dapo_edge.runtime.sources import open_source
 
 WIDTH_PX, HEIGHT_PX = 640, 480
 BELT_FPS = 5  # few, so that many parts pass in a short video
-BELT = f"synthetic://{WIDTH_PX}x{HEIGHT_PX}@{BELT_FPS}?seed=22"  # 200 frames show nine types and four good parts
+# All materials but the two that the reference model was never shown.
+MATERIALS = ",".join(name.replace(" ", "+") for name in surfaces_v1().pretraining_materials)
+BELT = f"synthetic://{WIDTH_PX}x{HEIGHT_PX}@{BELT_FPS}?seed=22&materials={MATERIALS}"
 # The belt lays one part on each HEIGHT_PX of its length: how many frames pass between two parts in the middle of the
 # picture, and from there until a part reaches the left border.
 STEP_PX = WIDTH_PX / (BELT_FPS * CROSSING_S)

@@ -24,6 +24,13 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     for needed in (
         "dapo_edge/models/configs/surface-tiny.json",
         "dapo_edge/assets/surface-tiny.yaml",
+        "dapo_edge/assets/surface-tiny-surfaces-v1.safetensors",
+        "dapo_edge/assets/surface-tiny-dapo.safetensors",
+        "dapo_edge/assets/MODEL_CARD.md",
+        "dapo_edge/data/captions.yaml",
+        "dapo_edge/data/surfaces-v1.yaml",
+        "dapo_edge/data/defects/visa.yaml",
+        "dapo_edge/models/ensemble.yaml",
         "dapo_edge/py.typed",
     ):
         assert needed in files

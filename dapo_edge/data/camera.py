@@ -33,6 +33,12 @@ def photograph(image: Image, rng: np.random.Generator, shift: str | None = None)
     return np.clip(photo + 0.5, 0, 255, out=photo).astype(np.uint8)
 
 
+def under_shift(photo: NDArray[np.uint8], rng: np.random.Generator, shift: str) -> NDArray[np.uint8]:
+    """A photo [H, W, 3] BGR as one of `SHIFTS` would have changed it."""
+    changed = _shift(shift)(rng, photo.astype(np.float32))
+    return np.clip(changed + 0.5, 0, 255).astype(np.uint8)
+
+
 def _slanted(rng: np.random.Generator, shape: Shape, strength: float, middle: float) -> Plane:
     angle = rng.uniform(0, 2 * math.pi)
     x = np.linspace(-0.5, 0.5, shape[1], dtype=np.float32) * (strength * math.cos(angle))

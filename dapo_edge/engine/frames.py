@@ -10,6 +10,7 @@ from dapo_edge.backends.base import View
 from dapo_edge.errors import RecipeError
 
 SYNTHETIC_SIZE = (640, 480)
+VIEWS_PER_PART = 3  # of a belt: on its way in, in the middle, on its way out
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class BuildFrames:
 def build_frames(origin: str, count: int, *, good_only: bool, seed: int) -> BuildFrames:
     """At most `count` views spread evenly over a folder, or exactly `count` generated ones.
 
-    Raises `RecipeError` for a folder that is not there and `SourceError` for one without images.
+    `origin` is a folder, "synthetic", or the address of a synthetic belt. Raises `RecipeError` for a folder that is not
+    there and `SourceError` for one without images or an address that can't be drawn.
     """
     if origin == "synthetic":
         from dapo_edge.data.surfaces import Framing, make_surface
@@ -41,6 +43,12 @@ def build_frames(origin: str, count: int, *, good_only: bool, seed: int) -> Buil
             return make_surface(seed + index, SYNTHETIC_SIZE, good_share=share, framing=framing).image
 
         return BuildFrames(count, draw)
+    if origin.startswith("synthetic://"):
+        from dapo_edge.runtime.sources.synthetic import SyntheticSource
+
+        belt = SyntheticSource(origin).belt(good=1.0 if good_only else None)
+        apart = max(1, round(min(belt.size) / (VIEWS_PER_PART * belt.step_px)))
+        return BuildFrames(count, lambda index: belt.frame(apart * index).image)
     from dapo_edge.data.pictures import read_image
     from dapo_edge.runtime.sources.stills import images_in
 

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dapo_edge.backends.host import resize_view
+from dapo_edge.data.belt import Belt
 from dapo_edge.data.brushes import cv2
-from dapo_edge.data.camera import SHIFTS
+from dapo_edge.data.camera import SHIFTS, under_shift
 from dapo_edge.data.captions import Caption
 from dapo_edge.data.surfaces import make_surface, stream
 from dapo_edge.structures import NORMAL, Picture
@@ -21,7 +22,7 @@ from dapo_edge.structures import NORMAL, Picture
 _CAMERAS = ((1.0, 1.0), (4 / 3, 1.0), (1.5, 1.5))
 _CAMERA_SHARES = (0.4, 0.4, 0.2)
 _PART_SHARE = 0.4
-_VIEW = 99  # a random stream that no picture uses
+_VIEW, _BELT = 99, 1  # random streams that no picture uses
 _MEMORY_BYTES = 4 << 30  # prepared views above this are prepared again whenever they are needed
 
 
@@ -71,6 +72,7 @@ class World:
     good_share: float = 0.3
     max_defects: int = 1
     shifted: bool = False  # under one of `camera.SHIFTS`, by turns
+    belt_share: float = 0.25  # of the pictures: a moving belt, with parts that the frame's border cuts
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -85,10 +87,12 @@ class World:
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> WorldView:
+    def __getitem__(self, index: int) -> View:
         if not 0 <= index < self.count:
             raise IndexError(index)
-        shifts = tuple(SHIFTS)
+        shift = tuple(SHIFTS)[index % len(SHIFTS)] if self.shifted else None
+        if stream(self.first + index, _VIEW, _BELT).random() < self.belt_share:
+            return self._belt_view(self.first + index, shift)
         return world_view(
             self.first + index,
             self.image_size,
@@ -96,8 +100,23 @@ class World:
             self.defects,
             good_share=self.good_share,
             max_defects=self.max_defects,
-            shift=shifts[index % len(shifts)] if self.shifted else None,
+            shift=shift,
         )
+
+    def _belt_view(self, seed: int, shift: str | None) -> View:
+        rng = stream(seed, _VIEW, _BELT, 1)
+        belt = Belt(
+            (round(4 / 3 * self.image_size), self.image_size),
+            seed=seed,
+            materials=self.materials,
+            defects=self.defects,
+            # Two parts are in view, and both have to be good.
+            good_share=self.good_share**0.5,
+            max_defects=self.max_defects,
+        )
+        picture = belt.frame(int(rng.integers(1000)))
+        image = picture.image if shift is None else under_shift(picture.image, rng, shift)
+        return as_view(Picture(image, picture.truth), self.image_size)
 
 
 @dataclass(frozen=True)

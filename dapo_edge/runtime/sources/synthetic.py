@@ -6,12 +6,15 @@ import re
 import threading
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from dapo_edge.errors import RecipeError, SourceError
 from dapo_edge.runtime.sources.base import Properties, Source
 from dapo_edge.runtime.sources.uri import Option, options
 from dapo_edge.structures import Frame
+
+if TYPE_CHECKING:
+    from dapo_edge.data.belt import Belt
 
 EXAMPLE = "synthetic://640x480@30?seed=0&frames=200&realtime=1&good=0.5"
 MIN_SIDE_PX = 64  # the smallest belt that shows a part
@@ -31,6 +34,7 @@ class Settings:
     frames: int | None = None  # None: without end
     realtime: bool = False  # False: frames come as fast as they are asked for
     good: float = 0.5  # share of parts without a defect
+    materials: tuple[str, ...] | None = None  # None: all
 
 
 def _count(lowest: int, text: str) -> int:
@@ -56,11 +60,12 @@ OPTIONS = {
     "frames": Option(lambda text: _count(1, text), "a whole number from 1; leave it out for no end"),
     "realtime": Option(_switch, "0 or 1"),
     "good": Option(_share, "the share of good parts, from 0 to 1"),
+    "materials": Option(lambda text: tuple(text.split(",")), "names of materials with commas between, + for a space"),
 }
 
 
 class SyntheticSource(Source):
-    """`synthetic://WIDTHxHEIGHT@FPS?seed=&frames=&realtime=&good=`, all of it optional.
+    """`synthetic://WIDTHxHEIGHT@FPS?seed=&frames=&realtime=&good=&materials=`, all of it optional.
 
     With `realtime=1` frame i comes i/FPS seconds after the first one. None is left out: a reader that is late gets
     the due ones at once. Otherwise timestamps are the moment of opening plus i/FPS.
@@ -69,24 +74,35 @@ class SyntheticSource(Source):
     def __init__(self, uri: str) -> None:
         super().__init__(uri)
         self._settings = Settings()
-        self._belt: Any = None
+        self._belt: Belt | None = None
         self._index = 0
         self._start_ns = 0  # wall clock at opening
         self._due_s = 0.0  # monotonic clock of the first frame
         self._closed = threading.Event()
 
     def _open(self) -> Properties:
-        from dapo_edge.data.belt import Belt
-
         settings = self._settings = self._parse()
         size = (settings.width, settings.height)
-        try:
-            self._belt = Belt(size, settings.fps, seed=settings.seed, good_share=settings.good)
-        except RecipeError as error:
-            raise SourceError(f"'{self.uri}' can't be drawn: {error.cause}", error.remedy) from error
+        self._belt = self._draw(settings.good)
         self._index, self._start_ns, self._due_s = 0, time.time_ns(), 0.0
         self._closed.clear()
         return Properties(self.uri, *size, settings.fps, settings.frames, settings.realtime)
+
+    def belt(self, good: float | None = None) -> Belt:
+        """The belt itself, to be looked at in any order; `good` replaces the address' share of good parts."""
+        self._settings = self._parse()
+        return self._draw(self._settings.good if good is None else good)
+
+    def _draw(self, good: float) -> Belt:
+        from dapo_edge.data.belt import Belt
+        from dapo_edge.data.materials import MATERIALS
+
+        settings = self._settings
+        size, materials = (settings.width, settings.height), settings.materials or tuple(MATERIALS)
+        try:
+            return Belt(size, settings.fps, seed=settings.seed, good_share=good, materials=materials)
+        except RecipeError as error:
+            raise SourceError(f"'{self.uri}' can't be drawn: {error.cause}", error.remedy) from error
 
     def _parse(self) -> Settings:
         address = self._address
