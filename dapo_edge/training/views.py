@@ -22,6 +22,7 @@ from dapo_edge.structures import NORMAL, Picture
 _CAMERAS = ((1.0, 1.0), (4 / 3, 1.0), (1.5, 1.5))
 _CAMERA_SHARES = (0.4, 0.4, 0.2)
 _PART_SHARE = 0.4
+_SMALLEST_PX = 128  # that a scene is drawn at
 _VIEW, _BELT = 99, 1  # random streams that no picture uses
 _MEMORY_BYTES = 4 << 30  # prepared views above this are prepared again whenever they are needed
 
@@ -104,9 +105,9 @@ class World:
         )
 
     def _belt_view(self, seed: int, shift: str | None) -> View:
-        rng = stream(seed, _VIEW, _BELT, 1)
+        rng, side = stream(seed, _VIEW, _BELT, 1), max(self.image_size, _SMALLEST_PX)
         belt = Belt(
-            (round(4 / 3 * self.image_size), self.image_size),
+            (round(4 / 3 * side), side),
             seed=seed,
             materials=self.materials,
             defects=self.defects,
@@ -159,7 +160,7 @@ def world_view(
     rng = stream(seed, _VIEW)
     wide, tall = _CAMERAS[int(rng.choice(len(_CAMERAS), p=_CAMERA_SHARES))]
     # Drawn at a model's usual input or above: a coarser training phase is to see a smaller picture, not a coarser one.
-    base = max(image_size, 128)
+    base = max(image_size, _SMALLEST_PX)
     surface = make_surface(
         seed,
         (round(wide * base), round(tall * base)),
