@@ -172,7 +172,6 @@ def test_generated_pictures_follow_the_protocol(recipe_of: Any) -> None:
     assert isinstance(world, World)
     assert (len(world), world.image_size, world.first) == (50, 48, first_picture(TUNING, 2, 50))
     assert world.materials == split.tuned_materials
-    assert not {world[index].material for index in range(8)} & {*split.new_materials, *split.unseen_materials}
 
 
 def test_data_lies_relative_to_the_recipe(recipe_of: Any, files: Path, tmp_path: Path) -> None:
@@ -329,15 +328,16 @@ def test_killed_at_a_random_moment_and_run_again(recipe_of: Any, tmp_path: Path)
     stages = [{"learn": ["context", "adapters"], "epochs": 1}, {"epochs": 5}]
     fields = recipe_of(images=24, stages=stages, validation=0.5)
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(fields))
-    command = [sys.executable, "-m", "dapo_edge", "tune", str(tmp_path / "r.yaml"), "-o", str(tmp_path / "killed")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # another number may round in another order
-    whole = tune(load_recipe(tmp_path / "r.yaml"), tmp_path / "whole")
-    torch.set_num_threads(threads)
+    tune_it = [sys.executable, "-m", "dapo_edge", "tune", str(tmp_path / "r.yaml"), "--json", "-o"]
+    command = [*tune_it, str(tmp_path / "killed")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # another number may round in another order
+    first = subprocess.run([*tune_it, str(tmp_path / "whole")], capture_output=True, text=True, env=environment)
+    whole = json.loads(first.stdout)
+    with (tmp_path / "whole" / LOG).open(newline="") as file:
+        seconds = [float(line["seconds"]) for line in csv.DictReader(file)]
 
-    moment = random.SystemRandom().uniform(0, 1.2) * whole.history[1].seconds
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    moment = random.SystemRandom().uniform(0, 1.2) * seconds[1]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stderr is not None
     while not (tmp_path / "killed" / STATE).exists():  # of the first epoch
         assert process.poll() is None, process.stderr.read()
@@ -349,10 +349,10 @@ def test_killed_at_a_random_moment_and_run_again(recipe_of: Any, tmp_path: Path)
     learnt = torch.load(tmp_path / "killed" / STATE, weights_only=True)
     assert 1 <= len(json.loads(learnt["history"])) < 6, f"it was through after {moment} s"
 
-    again = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=120, env=environment)
+    again = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert again.returncode == 0, again.stderr
     result = json.loads(again.stdout)
-    assert (result["epochs"], result["best_epoch"]) == (6, whole.best_epoch), f"killed after {moment} s"
+    assert (result["epochs"], result["best_epoch"]) == (6, whole["best_epoch"]), f"killed after {moment} s"
     assert_same_runs(tmp_path / "killed", tmp_path / "whole")
 
 
