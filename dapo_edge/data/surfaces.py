@@ -7,8 +7,9 @@ without its defects, and the same seed at another size shows the same scene.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -71,8 +72,10 @@ def make_surface(
     With `framing="surface"` the material fills it; with "part" a plate of the material lies on the belt. `shift` names
     one of `camera.SHIFTS`. Raises `RecipeError` for a world that can't be made.
     """
-    draw = draw_surface if framing == "surface" else _draw_part
-    drawing = draw(seed, size, materials=materials, defects=defects, good_share=good_share, max_defects=max_defects)
+    draw = partial(
+        draw_surface, seed, materials=materials, defects=defects, good_share=good_share, max_defects=max_defects
+    )
+    drawing = draw(size) if framing == "surface" else _draw_part(seed, size, draw)
     image = photograph(drawing.image, stream(seed, _CAMERA), shift)
     found = Picture(image, drawing.truth).defects
     caption = write_caption(stream(seed, _SCENE, _CAPTION), drawing.material, found)
@@ -105,16 +108,8 @@ def draw_surface(
     return Drawing(image, Truth(types, (NORMAL, *defects)), material)
 
 
-def _draw_part(
-    seed: int,
-    size: tuple[int, int],
-    *,
-    materials: Sequence[str],
-    defects: Sequence[str],
-    good_share: float,
-    max_defects: int,
-) -> Drawing:
-    """A part on the belt, before the camera."""
+def _draw_part(seed: int, size: tuple[int, int], draw: Callable[[tuple[int, int]], Drawing]) -> Drawing:
+    """A part on the belt, before the camera; `draw` makes its surface at the size that it has there."""
     smallest = round(MIN_SIDE_PX / SMALLEST) + 1
     if min(size) < smallest:
         raise RecipeError(
@@ -122,9 +117,7 @@ def _draw_part(
         )
     rng, shape = stream(seed, _SCENE, _PLACING), (size[1], size[0])
     placing = Placing.drawn(rng, shape)
-    plate = draw_surface(
-        seed, placing.size, materials=materials, defects=defects, good_share=good_share, max_defects=max_defects
-    )
+    plate = draw(placing.size)
     image, types = lay_down(plate.image, plate.truth, placing, rubber(rng, shape))
     return Drawing(image, Truth(types, plate.truth.names), plate.material)
 

@@ -225,7 +225,7 @@ class Comparison:
 def choose_score(method: Dapo, store: ViewStore, indices: Sequence[int], phrases: Sequence[str]) -> MapSpec:
     """The map spec whose score rule ranks the validation pictures best; every method gets this choice."""
     spec = _spec(method)
-    features = Features(method, store, frozen=False)
+    features = Features(method, store)  # by now nothing learns: the three rules share one pass of the encoder
 
     def quality(rule: ScoreRule) -> float:
         metrics = score_images(method, features, indices, phrases, NOUN, replace(spec, score=rule))
@@ -240,7 +240,6 @@ def _spec(method: Dapo) -> MapSpec:
 
 def claims(results: Results) -> dict[str, dict[str, float | str]]:
     """The paper's two claims, in points: DAPO against the best baseline under shift (d), and on novel types (c)."""
-
     wanted = {
         "d: mean of image AUROC and AP": (("d", "image_auroc"), ("d", "image_ap")),
         "c: pixel AUROC per type": (("c", "type_pixel_auroc"),),
