@@ -14,6 +14,7 @@ from dapo_edge.bench import percentiles
 from dapo_edge.data.belt import CROSSING_S
 from dapo_edge.data.protocol import surfaces_v1
 from dapo_edge.device import as_json, this_device
+from dapo_edge.files import write_atomically
 from dapo_edge.outputs.events import frame_json
 from dapo_edge.outputs.overlay import Recorder, contact_sheet, draw, save_picture
 from dapo_edge.package import EnginePackage, writing_to
@@ -61,8 +62,7 @@ def inspect_belt(
                     captions.append(caption(defects))
             on_frame(statistics.captured, frames)
         backend = inspector.backend
-    with writing_to(folder / "results.jsonl"):
-        (folder / "results.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_atomically(folder / "results.jsonl", ("\n".join(lines) + "\n").encode())
     save_picture(folder / "contact-sheet.png", contact_sheet(sheet, SHEET_COLUMNS, captions))
     stages = {stage: percentiles(np.asarray([ms[stage] for ms in timings])) for stage in timings[0]}
     return {

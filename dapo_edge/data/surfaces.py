@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,6 +72,8 @@ def make_surface(
     With `framing="surface"` the material fills it; with "part" a plate of the material lies on the belt. `shift` names
     one of `camera.SHIFTS`. Raises `RecipeError` for a world that can't be made.
     """
+    if framing not in get_args(Framing):
+        raise RecipeError(f"the framing is {framing!r}", f"Use one of: {', '.join(get_args(Framing))}")
     draw = partial(
         draw_surface, seed, materials=materials, defects=defects, good_share=good_share, max_defects=max_defects
     )

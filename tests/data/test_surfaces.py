@@ -156,6 +156,7 @@ def test_caption_claims_what_is_visible():
         ({"good_share": float("nan")}, "between 0"),
         ({"max_defects": 0}, "at least 1"),
         ({"seed": -1}, "positive"),
+        ({"framing": "parts"}, "surface, part"),
     ],
 )
 def test_impossible_worlds_are_refused(options, named):

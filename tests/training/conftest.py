@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from easy import write_config
+from easy import TWO_STAGES, fresh, plan_of, trainer_of, write_config
 
 from dapo_edge.models import clip
+from dapo_edge.models.dapo import Dapo
+from dapo_edge.training.trainer import Run
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +25,10 @@ def _one_tokenizer() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(clip, "_tokenizer", functools.cache(clip._tokenizer))
         yield
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(easy_config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Dapo, Path]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    method = fresh(easy_config)
+    return trainer_of(method, plan_of(*TWO_STAGES), folder).tune(), method, folder

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from dapo_edge.config import Part, Stage, TuningPlan
+from dapo_edge.config import PARTS, Part, Stage, TuningPlan
 from dapo_edge.kernels.map_spec import MapSpec
 from dapo_edge.models.clip import load_clip
 from dapo_edge.models.dapo import Dapo, DapoOptions
 from dapo_edge.structures import NORMAL
-from dapo_edge.training.trainer import Trainer
+from dapo_edge.training.trainer import Run, Trainer
 from dapo_edge.training.views import View, ViewStore
 
 SIDE, PATCH = 32, 8
@@ -25,6 +25,7 @@ CONFIG: dict[str, Any] = {
 }
 OPTIONS = DapoOptions(groups=2, context_tokens=2, text_depth=2, text_tokens=2, visual_tokens=2)
 WORDS = ("hole", "stain")
+TWO_STAGES: Any = ((("context", "adapters"), 2), (PARTS, 2))
 
 
 def write_config(folder: Path) -> Path:
@@ -88,3 +89,12 @@ def assert_same_bits(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         np.testing.assert_array_equal(tensor.view(np.uint32), other[name].view(np.uint32), err_msg=name)
+
+
+def histories(run: Run) -> list[dict[str, Any]]:
+    """Everything but the time it took."""
+    return [{**epoch.as_json(), "seconds": 0.0} for epoch in run.history]
+
+
+def assert_same_files(one: Path, other: Path) -> None:
+    assert one.read_bytes() == other.read_bytes()
