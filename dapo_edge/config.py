@@ -159,7 +159,7 @@ class TuningPlan(Section):
     """How `dapo-edge tune` learns from labelled pictures; `build` does not look at it."""
 
     data: str = Field("synthetic", min_length=1, description="folder of a data set, or 'synthetic'")
-    layout: str = Field("folder", description="layout of the data set: folder, mvtec_ad, visa, mpdd, mad, real_iad")
+    layout: str = Field("folder", description="of the data set: folder, csv, mvtec_ad, visa, mpdd, mad, real_iad")
     categories: tuple[str, ...] | None = Field(None, min_length=1, description="categories to use; null = all")
     images: int = Field(2000, ge=8, description="synthetic only: pictures to draw")
     validation: float = Field(0.15, gt=0, lt=0.9, description="share of the pictures that choose the best epoch")

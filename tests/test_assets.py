@@ -15,7 +15,7 @@ from dapo_edge.data.flaws import DEFECTS
 from dapo_edge.data.protocol import surfaces_v1
 from dapo_edge.engine.build import map_spec
 from dapo_edge.errors import RecipeError
-from dapo_edge.evaluation.evaluate import Features, evaluate
+from dapo_edge.evaluation.features import Features, metrics_of
 from dapo_edge.models.clip import Clip, load_clip
 from dapo_edge.models.dapo import Dapo
 from dapo_edge.training.views import ViewStore, World
@@ -67,7 +67,7 @@ def test_the_reference_model_sees_new_materials_and_novel_types(clip: Clip) -> N
     for defects, least in ((split.tuned_defects, 0.9), (split.novel_defects, 0.85)):
         world = World(first, 48, clip.image_size, split.new_materials, defects)
         features = Features(method, ViewStore(world, clip.image_size), frozen=False)
-        found = evaluate(method, features, range(48), defects, "object", map_spec(recipe, method))
+        found = metrics_of(method, features, range(48), defects, "object", map_spec(recipe, method))
         assert found.pixel_auroc > least
         assert found.image_auroc > least
         assert found.type_accuracy > 2 * found.type_chance

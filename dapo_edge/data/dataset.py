@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 
 from dapo_edge.data.pictures import picture_size, read_image, read_mask
 from dapo_edge.errors import RecipeError, SourceError, did_you_mean
+from dapo_edge.extras import require
 from dapo_edge.structures import NORMAL, Picture, Truth
 
 MAX_NAMES = 256  # a type is one byte of a truth
 SplitName = Literal["train", "test"]
+SEVERAL = "several types"  # the defect of an image whose one mask shows more than one type: no bank has a word for it
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Sample:
     image: Path
     mask: Path | None  # None for a good image, and for a defective one without a mask
     category: str
-    defect: str  # NORMAL for a good image
+    defect: str  # NORMAL for a good image, SEVERAL where one mask shows more than one type
     split: SplitName
 
     @property
@@ -86,6 +88,17 @@ def read_sample(sample: Sample, names: Sequence[str]) -> Picture:
     if not sample.is_good:
         types[_defective(sample, types.shape)] = index
     return Picture(image, Truth(types, tuple(names)))
+
+
+def types_at(types: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """True types [H, W] at (width, height), from the nearest pixel; a speck between two sampled pixels keeps those
+    that it touches, so that no type gets lost."""
+    cv2, (width, height) = require("cv2"), size
+    found: NDArray[np.uint8] = cv2.resize(types, size, interpolation=cv2.INTER_NEAREST_EXACT)
+    for kind in set(np.unique(types).tolist()) - set(np.unique(found).tolist()):
+        rows, columns = np.nonzero(types == kind)
+        found[rows * height // types.shape[0], columns * width // types.shape[1]] = kind
+    return found
 
 
 def check_samples(samples: Sequence[Sample]) -> None:

@@ -17,12 +17,12 @@ from typing import Any
 
 import yaml
 
-from dapo_edge.data.dataset import Sample, SplitName
+from dapo_edge.data.dataset import SEVERAL, Sample, SplitName
 from dapo_edge.data.pictures import IMAGE_EXTENSIONS
 from dapo_edge.errors import RecipeError, did_you_mean
 from dapo_edge.structures import NORMAL
 
-GOOD, MASKS = "good", "masks"
+GOOD, MASKS, TABLE = "good", "masks", "images.csv"
 SPLITS: tuple[SplitName, ...] = ("train", "test")
 REAL_IAD_IMAGES = ("realiad_1024", "realiad_512", "realiad_256", "realiad_raw")  # the first one that is there
 REAL_IAD_SPLITS = ("realiad_jsons", "realiad_jsons/realiad_jsons")
@@ -62,6 +62,7 @@ class Layout:
     find: Find
     expected: str  # below the root, for people
     mask_endings: tuple[str, ...] = ("_mask",)  # what a mask's name may add to its image's name
+    may_be_file: bool = False  # whether the root may be the file that lists the images
 
     def read(self, root: str | Path, categories: Categories = None) -> list[Sample]:
         """All samples below `root`, or those of some categories, sorted by category, split and path.
@@ -69,7 +70,7 @@ class Layout:
         Raises `RecipeError` when something is not where this layout has it, or a category is unknown.
         """
         root = Path(root)
-        if not root.is_dir():
+        if not (root.is_dir() or (self.may_be_file and root.is_file())):
             raise RecipeError(f"there is no folder '{root}'", f"Name the folder that holds {self.expected}")
         samples = sorted(
             self.find(root, self, categories), key=lambda sample: (sample.category, sample.split, sample.image)
@@ -141,7 +142,7 @@ def _mask_of(image: Path, folder: Path, endings: Sequence[str]) -> Path:
 
 
 def _read_visa(root: Path, layout: Layout, categories: Categories) -> Iterator[Sample]:
-    """The official one-class split; the type is the first label that the category's own annotation names."""
+    """The official one-class split; the category's own annotation lists labels, which may be of more than one type."""
     split_file = root / "split_csv" / "1cls.csv"
     rows = _csv(split_file, "object", "split", "label", "image", "mask")
     for category in layout.chosen(root, {row["object"] for row in rows}, categories):
@@ -151,18 +152,18 @@ def _read_visa(root: Path, layout: Layout, categories: Categories) -> Iterator[S
             if row["object"] == category:
                 image, defect = _below(root, row["image"], split_file), NORMAL
                 if row["label"] != NORMAL:
-                    defect = layout.type_of(_first_label(labels, row["image"], annotations))
+                    defect = _visa_type(layout, labels, row["image"], annotations)
                 mask = _below(root, row["mask"], split_file) if row["mask"] else None
                 yield Sample(image, mask, category, defect, _split(row, split_file))
 
 
-def _first_label(labels: Mapping[str, str], image: str, path: Path) -> str:
-    label = labels.get(image, "").split(",")[0].strip()
-    if label in ("", NORMAL):
+def _visa_type(layout: Layout, labels: Mapping[str, str], image: str, path: Path) -> str:
+    types = {layout.type_of(label.strip()) for label in labels.get(image, "").split(",")} - {"", NORMAL}
+    if not types:
         raise RecipeError(
             f"'{path}' names no defect for '{image}'", "Restore it and split_csv/1cls.csv from the same release"
         )
-    return label
+    return types.pop() if len(types) == 1 else SEVERAL
 
 
 def _read_real_iad(root: Path, layout: Layout, categories: Categories) -> Iterator[Sample]:
@@ -192,6 +193,24 @@ def _real_iad_sample(
         raise RecipeError(
             f"an entry of '{path}' has no image_path or anomaly_class", "Restore the file from the data set"
         ) from error
+
+
+def _read_table(root: Path, layout: Layout, categories: Categories) -> Iterator[Sample]:
+    """A table of one's own; paths are relative to its folder, or absolute. Only `image` is asked of every row."""
+    path = root if root.is_file() else root / TABLE
+    rows = _csv(path, "image")
+    for number, row in enumerate(rows, start=2):
+        if not row["image"]:
+            raise RecipeError(f"line {number} of '{path}' names no image", "Fill it in, or delete the line")
+        row["category"] = row.get("category") or path.resolve().parent.name
+        row["split"] = row.get("split") or "test"
+    for category in layout.chosen(root, {row["category"] for row in rows}, categories):
+        for row in rows:
+            if row["category"] == category:
+                label = row.get("type") or NORMAL
+                defect = NORMAL if label == GOOD else layout.type_of(label)
+                mask = path.parent / row["mask"] if row.get("mask") and defect != NORMAL else None
+                yield Sample(path.parent / row["image"], mask, category, defect, _split(row, path))
 
 
 def _folders(path: Path) -> list[Path]:
@@ -280,6 +299,12 @@ LAYOUTS: dict[str, Layout] = {
             _read_folder,
             "<category>/good/*.png, <category>/<type>/*.png and <category>/masks/<type>/*.png",
             ("",),
+        ),
+        Layout(
+            "csv",
+            _read_table,
+            f"{TABLE}, or is such a file, with the column image and, where there are any, mask, type, category and split",
+            may_be_file=True,
         ),
     )
 }

@@ -22,7 +22,7 @@ from dapo_edge.data import protocol
 from dapo_edge.data.protocol import Split, surfaces_v1
 from dapo_edge.device import as_json, this_device
 from dapo_edge.errors import RecipeError
-from dapo_edge.evaluation.evaluate import Features, evaluate, score_images
+from dapo_edge.evaluation.features import Features, metrics_of, score_images
 from dapo_edge.files import write_atomically
 from dapo_edge.kernels import reference
 from dapo_edge.kernels.map_spec import MapSpec, ScoreRule
@@ -192,7 +192,7 @@ class Comparison:
     def _tested(self, variant: Variant, method: Dapo, name: str, spec: MapSpec) -> dict[str, Any]:
         phrases = self._phrases(variant, TEST_SETS[name](surfaces_v1())["defects"])
         features = self._features(name, method)
-        metrics = evaluate(method, features, range(self._test_images), phrases, NOUN, spec).as_json()
+        metrics = metrics_of(method, features, range(self._test_images), phrases, NOUN, spec).as_json()
         if not variant.knows_types:
             metrics["type_accuracy"] = None
         return dict(metrics)

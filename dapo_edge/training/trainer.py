@@ -25,7 +25,7 @@ from torch import Tensor
 import dapo_edge
 from dapo_edge.config import Stage, TuningPlan
 from dapo_edge.errors import DapoEdgeError, RecipeError
-from dapo_edge.evaluation.evaluate import Features, evaluate
+from dapo_edge.evaluation.features import Features, metrics_of
 from dapo_edge.evaluation.metrics import Summary
 from dapo_edge.files import write_atomically
 from dapo_edge.kernels.map_spec import MapSpec
@@ -153,7 +153,7 @@ class Trainer:
         losses = [self._step(batch, optimizer, epoch) for batch in self._shuffled(epoch)]
         if not all(torch.isfinite(p).all() for p in itertools.chain(*self._parts.values())):
             raise self._no_number("a weight is no number after the last step of", epoch)
-        summary = evaluate(self._method, self._checked, self._validation, self._phrases, self._noun, self._spec)
+        summary = metrics_of(self._method, self._checked, self._validation, self._phrases, self._noun, self._spec)
         map_loss, image_loss = np.mean(losses, axis=0).tolist()
         seconds = time.monotonic() - started
         run.history.append(Epoch(epoch, stage, map_loss, image_loss, quality_of(summary), summary, seconds))

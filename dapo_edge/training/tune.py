@@ -10,7 +10,7 @@ from typing import Any
 
 from dapo_edge.config import Recipe, TuningPlan
 from dapo_edge.data import protocol
-from dapo_edge.data.dataset import FileSet, check_files, check_samples, names_of
+from dapo_edge.data.dataset import SEVERAL, FileSet, check_files, check_samples, names_of
 from dapo_edge.data.flaws import DEFECTS
 from dapo_edge.data.layouts import layout_of
 from dapo_edge.data.protocol import surfaces_v1
@@ -127,8 +127,12 @@ def _generated(plan: TuningPlan, names: Sequence[str], image_size: int) -> Pictu
 
 
 def _file_set(plan: TuningPlan, names: Sequence[str]) -> FileSet:
-    """The labelled test pictures of a data set: DAPO learns from both good and defective ones (methods 1.2)."""
-    samples = [s for s in layout_of(plan.layout).read(plan.data, plan.categories) if s.split == "test"]
+    """The labelled test pictures of a data set: DAPO learns from both good and defective ones (methods 1.2).
+
+    A picture whose mask shows several types is left out: it does not say which pixels are of which.
+    """
+    found = layout_of(plan.layout).read(plan.data, plan.categories)
+    samples = [s for s in found if s.split == "test" and s.defect != SEVERAL]
     check_samples(samples)
     check_files(samples)
     missing = [name for name in names_of(samples)[1:] if name not in names]

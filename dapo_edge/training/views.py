@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from dapo_edge.backends.host import resize_view
 from dapo_edge.data.belt import Belt
-from dapo_edge.data.brushes import cv2
 from dapo_edge.data.camera import SHIFTS, under_shift
 from dapo_edge.data.captions import Caption
+from dapo_edge.data.dataset import types_at
 from dapo_edge.data.surfaces import make_surface, stream
 from dapo_edge.structures import NORMAL, Picture
 
@@ -179,16 +179,7 @@ def as_view(picture: Picture | View, image_size: int) -> View:
     """A picture at the model's input size; its types are taken from the nearest pixel, and none of them gets lost."""
     if isinstance(picture, View) and picture.types.shape == (image_size, image_size):
         return picture
-    return View(resize_view(picture.image, image_size), _shrunk(picture.types, image_size))
-
-
-def _shrunk(types: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    """Types [H, W] to [side, side]; a speck between the sampled pixels keeps the pixels that it touches."""
-    small: NDArray[np.uint8] = cv2().resize(types, (side, side), interpolation=cv2().INTER_NEAREST_EXACT)
-    for kind in set(np.unique(types).tolist()) - set(np.unique(small).tolist()):
-        rows, columns = np.nonzero(types == kind)
-        small[rows * side // types.shape[0], columns * side // types.shape[1]] = kind
-    return small
+    return View(resize_view(picture.image, image_size), types_at(picture.types, (image_size, image_size)))
 
 
 class ViewStore:

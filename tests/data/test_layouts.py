@@ -9,12 +9,12 @@ import pytest
 import yaml
 
 from dapo_edge.data import layouts
-from dapo_edge.data.dataset import Sample
+from dapo_edge.data.dataset import SEVERAL, Sample
 from dapo_edge.data.layouts import LAYOUTS, layout_of
 from dapo_edge.errors import RecipeError
 from dapo_edge.structures import NORMAL
 
-WITH_WORDS = [name for name in LAYOUTS if name != "folder"]
+WITH_WORDS = [name for name in LAYOUTS if name not in ("folder", "csv")]
 
 
 def touch(root: Path, *names: str) -> None:
@@ -105,14 +105,15 @@ def visa(root: Path, label: str, image: str = "pcb4/Data/Images/Anomaly/000.JPG"
 @pytest.mark.parametrize(
     ("label", "defect"),
     [
-        ("melt,scratch", "melt"),
-        ("same colour spot, chunk of wax missing", "spot"),
+        ("melt,scratch", SEVERAL),
+        ("same colour spot, chunk of wax missing", SEVERAL),
+        ("scratch, small scratches", "scratch"),
         ("wrong place", "wrong place"),
         ("something new", "something new"),
         ("small scratches", "scratch"),
     ],
 )
-def test_visa_takes_the_first_of_a_list_of_labels(tmp_path: Path, label: str, defect: str) -> None:
+def test_visa_labels_that_mean_one_type_are_one(tmp_path: Path, label: str, defect: str) -> None:
     assert seen(tmp_path, LAYOUTS["visa"].read(visa(tmp_path, label), ["pcb4"])) == [
         ("pcb4/Data/Images/Anomaly/000.JPG", "pcb4/Data/Masks/Anomaly/000.png", "pcb4", defect, "test"),
         ("pcb4/Data/Images/Normal/0007.JPG", None, "pcb4", NORMAL, "train"),
@@ -209,13 +210,14 @@ def test_a_single_category_may_lie_at_the_root(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_root_that_is_not_there_or_empty_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(RecipeError, match=r"no folder '.*nowhere'\. Name the folder that holds .*<category>"):
+    named = r"no folder '.*nowhere'\. Name the folder that holds .*(<category>|images\.csv)"
+    with pytest.raises(RecipeError, match=named):
         LAYOUTS[name].read(tmp_path / "nowhere")
     with pytest.raises(RecipeError) as caught:
         LAYOUTS[name].read(tmp_path)
     assert str(tmp_path) in caught.value.cause
     (tmp_path / "file").touch()
-    with pytest.raises(RecipeError, match="no folder"):
+    with pytest.raises(RecipeError, match="lacks the column image" if name == "csv" else "no folder"):
         LAYOUTS[name].read(tmp_path / "file")
 
 
@@ -227,6 +229,41 @@ def test_a_category_without_images_and_an_unknown_one_are_refused(tmp_path: Path
         LAYOUTS["mvtec_ad"].read(tmp_path, ["woood"])
     with pytest.raises(RecipeError, match=r"unknown layout 'mvtec'\. Did you mean 'mvtec_ad'"):
         layout_of("mvtec")
+
+
+def test_a_table_of_ones_own(tmp_path: Path) -> None:
+    write_csv(
+        tmp_path / "line 3" / "images.csv",
+        ("image", "type", "mask", "category", "split"),
+        ("a.png", "", "", "nut", ""),
+        ("b.png", "good", "unused.png", "nut", "train"),
+        ("sub/ü.png", "deep_scratch", "masks/ü.png", "nut", "test"),
+        (str(tmp_path / "elsewhere.png"), "hole", "", "", ""),
+    )
+    wanted = [
+        ("elsewhere.png", None, "line 3", "hole", "test"),
+        ("line 3/a.png", None, "nut", NORMAL, "test"),
+        ("line 3/sub/ü.png", "line 3/masks/ü.png", "nut", "deep scratch", "test"),
+        ("line 3/b.png", None, "nut", NORMAL, "train"),
+    ]
+    for root in (tmp_path / "line 3", tmp_path / "line 3" / "images.csv"):
+        assert seen(tmp_path, LAYOUTS["csv"].read(root)) == wanted
+    assert len(LAYOUTS["csv"].read(tmp_path / "line 3", ["nut"])) == 3
+
+
+def test_a_table_with_holes_is_refused(tmp_path: Path) -> None:
+    for rows, named in (
+        ([("picture",), ("a.png",)], "lacks the column image"),
+        ([("image", "type"), ("a.png", ""), ("", "hole")], r"line 3 of '.*images\.csv' names no image"),
+        ([("image", "split"), ("a.png", "val")], "unknown split 'val'"),
+        ([("image",)], "holds no category"),
+    ):
+        write_csv(tmp_path / "images.csv", *rows)
+        with pytest.raises(RecipeError, match=named):
+            LAYOUTS["csv"].read(tmp_path)
+    (tmp_path / "images.csv").unlink()
+    with pytest.raises(RecipeError, match=r"images\.csv' does not exist"):
+        LAYOUTS["csv"].read(tmp_path)
 
 
 @pytest.mark.parametrize("name", WITH_WORDS)

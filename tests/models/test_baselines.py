@@ -161,16 +161,16 @@ def test_two_prompts_learns_context_and_text_tokens(clip: Clip, phrases: tuple[s
 
 def test_one_row_for_all_defects_can_be_validated_on_several_types(clip: Clip) -> None:
     """Its share is spread over the types: the anomaly map stays as it was, the types are at chance."""
-    from dapo_edge.training.trainer import Features, evaluate
+    from dapo_edge.training.trainer import Features, metrics_of
 
     method = TwoPrompts(clip)
     spec = MapSpec(64, method.grid, method.temperature, method.align_corners, 0.0, "image")
-    several = evaluate(method, Features(method, ViewStore(Squares(), 64)), range(12), ["defect"], "object", spec)
+    several = metrics_of(method, Features(method, ViewStore(Squares(), 64)), range(12), ["defect"], "object", spec)
     merged = type("Merged", (Squares,), {"names": (NORMAL, "defect")})
     merged.__getitem__ = lambda self, i: View(  # type: ignore[method-assign]
         Squares.__getitem__(self, i).image, np.minimum(Squares.__getitem__(self, i).types, 1)
     )
-    one = evaluate(method, Features(method, ViewStore(merged(), 64)), range(12), ["defect"], "object", spec)
+    one = metrics_of(method, Features(method, ViewStore(merged(), 64)), range(12), ["defect"], "object", spec)
     assert several.pixel_auroc == pytest.approx(one.pixel_auroc, abs=1e-4)
     assert several.aupro == pytest.approx(one.aupro, abs=1e-3)
     assert several.image_auroc == one.image_auroc

@@ -25,7 +25,7 @@ from easy import (
 
 from dapo_edge.config import PARTS, Part
 from dapo_edge.errors import RecipeError
-from dapo_edge.evaluation import evaluate as evaluate_module
+from dapo_edge.evaluation import features as features_module
 from dapo_edge.models import checkpoints
 from dapo_edge.models.clip import load_clip
 from dapo_edge.models.dapo import Dapo
@@ -41,7 +41,7 @@ def losses_of(run: Run) -> list[float]:
 def test_a_run_learns_an_easy_world(easy_config: Path) -> None:
     method = fresh(easy_config)
     trainer = trainer_of(method, plan_of((PARTS, 8)), pictures=Squares(36))
-    untuned = trainer_module.evaluate(
+    untuned = trainer_module.metrics_of(
         method, trainer._features, trainer._validation, WORDS, "object", trainer._spec
     ).pixel_auroc
     run = trainer.tune()
@@ -139,13 +139,13 @@ def test_the_stage_table_decides_what_learns_when(easy_config: Path, monkeypatch
     method = fresh(easy_config)
     trainer = trainer_of(method, plan_of(*stages))
     seen = [tensors_of(method)]
-    evaluate = trainer_module.evaluate
+    metrics_of = trainer_module.metrics_of
 
     def watched(*arguments: Any) -> Any:
         seen.append(tensors_of(method))
-        return evaluate(*arguments)
+        return metrics_of(*arguments)
 
-    monkeypatch.setattr(trainer_module, "evaluate", watched)
+    monkeypatch.setattr(trainer_module, "metrics_of", watched)
     run = trainer.tune()
     assert [epoch.stage for epoch in run.history] == [0, 1, 1, 2]
     changes = [
@@ -216,7 +216,7 @@ def test_cached_features_change_nothing(easy_config: Path, monkeypatch: pytest.M
     plan = plan_of((("context", "adapters"), 2))
     cached, uncached = fresh(easy_config), fresh(easy_config)
     keeping = trainer_of(cached, plan)
-    monkeypatch.setattr(evaluate_module, "FEATURE_BYTES", room)
+    monkeypatch.setattr(features_module, "FEATURE_BYTES", room)
     again = trainer_of(uncached, plan)
     assert histories(again.tune()) == histories(keeping.tune())
     assert_same_bits(tensors_of(uncached), tensors_of(cached))

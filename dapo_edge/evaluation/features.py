@@ -1,4 +1,7 @@
-"""How good a method is on labelled pictures: encode, make maps and scores as a package would, count."""
+"""A method's features of labelled pictures, encoded once where that is possible, and the metrics that follow from them.
+
+This is what tuning looks at; `evaluate.py` is for packages and data sets.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +67,7 @@ class Features:
 
 
 @torch.no_grad()
-def evaluate(
+def metrics_of(
     method: Method, features: Features, indices: Sequence[int], phrases: Sequence[str], noun: str, spec: MapSpec
 ) -> Summary:
     """Metrics of pictures, with maps and scores by the arithmetic of a package."""

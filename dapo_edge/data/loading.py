@@ -1,0 +1,66 @@
+"""Labelled images read ahead by other processes, in order; one that can't be read is named and the rest goes on."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dapo_edge.data.dataset import Sample, read_sample
+from dapo_edge.data.pictures import read_image
+from dapo_edge.errors import DapoEdgeError, SourceError
+
+AHEAD = 3  # images per process that wait to be used: enough to bridge one that is slow to decode
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """One image of a data set, or why it can't be used."""
+
+    sample: Sample
+    image: NDArray[np.uint8] | None = None  # [H, W, 3] BGR
+    types: NDArray[np.uint8] | None = None  # [H, W]; None where no mask says which pixels are defective
+    error: SourceError | None = None
+
+
+def load(samples: Sequence[Sample], names: Sequence[str], workers: int = 0) -> Iterator[Loaded]:
+    """Every sample in order. Types are indices into `names`, which hold every defect of the samples.
+
+    With `workers` = 0 they are read here, one when asked for. Raises `DapoEdgeError` when a process dies.
+    """
+    if not workers:
+        for sample in samples:
+            yield _loaded(sample, tuple(names))
+        return
+    waiting: deque[Future[Loaded]] = deque()
+    # Spawned: a fork would copy the threads and locks of an inference runtime in the middle of what they do.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    try:
+        for sample in samples:
+            waiting.append(pool.submit(_loaded, sample, tuple(names)))
+            if len(waiting) > AHEAD * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise DapoEdgeError(
+            "a process that reads images died, perhaps for want of memory", "Use fewer workers: --workers 0"
+        ) from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _loaded(sample: Sample, names: tuple[str, ...]) -> Loaded:
+    try:
+        if not sample.is_good and sample.mask is None:
+            return Loaded(sample, read_image(sample.image))
+        picture = read_sample(sample, names)
+        return Loaded(sample, picture.image, picture.types)
+    except SourceError as error:
+        return Loaded(sample, error=error)
