@@ -23,7 +23,7 @@ CORE = [
 EXTRAS = {
     # An ARM board such as a Jetson brings its own OpenCV (with GStreamer): a second one would shadow it.
     "cpu": ["openvino>=2024.4", "opencv-python-headless>=4.8; platform_machine != 'aarch64'"],
-    "build": ["torch>=2.6", "torchvision", "open_clip_torch>=3.3", "onnx>=1.16", "matplotlib>=3.8"],
+    "build": ["torch>=2.6", "torchvision", "open_clip_torch>=3.3", "onnx>=1.16", "matplotlib>=3.8", "jinja2>=3.1"],
     "gpu": ["pycuda>=2024.1"],  # TensorRT is detected, never installed from here: it belongs to the device
     "dev": [
         "pytest>=8",
@@ -50,6 +50,7 @@ setup(
             "assets/*",
             "models/configs/*.json",
             "models/*.yaml",
+            "evaluation/*.j2",
             "data/*.yaml",
             "data/defects/*.yaml",
             "py.typed",

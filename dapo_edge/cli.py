@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dapo_edge import __version__
+from dapo_edge.cli_eval import evaluate
 from dapo_edge.cli_workshop import build, demo, synth, tune
 from dapo_edge.errors import DapoEdgeError, OutputError, SourceError
 from dapo_edge.extras import named_extras
@@ -24,6 +25,8 @@ from dapo_edge.terminal import (
     ReaderGone,
     as_json,
     fail,
+    map_size_option,
+    parse_map_size,
     prepare_streams,
     print_json,
     print_rich,
@@ -38,9 +41,6 @@ if TYPE_CHECKING:
 
 EXIT_INTERRUPTED = 130
 
-map_size_option = click.option(
-    "--map-size", help="model, frame, or WIDTHxHEIGHT; thresholds were made at the package's own size."
-)
 backend_option = click.option("--backend", default="openvino", show_default=True, help="Engine that runs the package.")
 precision_option = click.option(
     "--precision", type=click.Choice(["fp32", "fp16"]), help="Override the package's precision."
@@ -97,7 +97,7 @@ def commands() -> None:
     """Build CLIP defect-map engines and run them on camera frames."""
 
 
-for _command in (build, tune, synth, demo):
+for _command in (build, tune, evaluate, synth, demo):
     commands.add_command(_command)
 
 
@@ -125,7 +125,7 @@ def run(
     from dapo_edge.runtime.pipeline import Statistics, inspect_stream
     from dapo_edge.runtime.sources import open_source
 
-    size = _parse_map_size(map_size)
+    size = parse_map_size(map_size)
     opened = [open_source(source) for source in sources]
     if out:
         _protect_sources(out, sources)
@@ -220,7 +220,7 @@ def bench(
     from dapo_edge.bench import bench as measure
     from dapo_edge.runtime.inspector import Inspector
 
-    size = _parse_map_size(map_size)
+    size = parse_map_size(map_size)
     with (
         Inspector(package, backend=backend, precision=precision, map_size=size) as inspector,
         progress_bar() as progress,
@@ -251,17 +251,6 @@ def _close_beside(sources: Sequence[Source]) -> None:
             source.close()
 
     threading.Thread(target=close).start()
-
-
-def _parse_map_size(text: str | None) -> Any:
-    if text is None:
-        return None
-    from dapo_edge.kernels.map_spec import check_map_size
-
-    match = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", text.lower())
-    size = (int(match[1]), int(match[2])) if match else text
-    check_map_size(size)
-    return size
 
 
 def _protect_sources(out: Path, sources: Sequence[str]) -> None:

@@ -36,6 +36,10 @@ class DapoEdgeError(Exception):
         self.remedy = " ".join(remedy.split()).rstrip(".")
         super().__init__(f"{self.cause}. {self.remedy}.")
 
+    def __reduce__(self) -> tuple[type[DapoEdgeError], tuple[str, str]]:
+        """Errors come back from worker processes, too."""
+        return type(self), (self.cause, self.remedy)
+
 
 class BackendError(DapoEdgeError):
     """An inference runtime refused the encoder or failed while running it."""

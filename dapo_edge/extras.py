@@ -13,6 +13,7 @@ from dapo_edge.errors import DependencyMissing
 EXTRA_OF_MODULE = {
     "cv2": "cpu",
     "openvino": "cpu",
+    "jinja2": "build",
     "matplotlib": "build",
     "onnx": "build",
     "open_clip": "build",

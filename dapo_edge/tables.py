@@ -57,6 +57,51 @@ def demo_table(result: dict[str, Any]) -> Group:
     )
 
 
+EVAL_COLUMNS = (
+    ("image_auroc", "image AUROC"), ("image_ap", "image AP"), ("pixel_auroc", "pixel AUROC"), ("pixel_ap", "pixel AP"),
+    ("aupro", "AUPRO"), ("type_pixel_auroc", "type AUROC"), ("type_accuracy", "type accuracy"),
+)  # fmt: skip
+
+
+def eval_table(result: dict[str, Any]) -> Group:
+    """The `eval` document: percent, and with `compare` what the second is better or worse by."""
+    subject, data, compare = result["subject"], result["dataset"], result.get("compare")
+    table = Table("category", "images", *(title for _, title in EVAL_COLUMNS), box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    drift = compare["drift"] if compare else {"categories": {}, "mean": {}}
+    for name, metrics in result["categories"].items():
+        table.add_row(Text(name), *_metric_cells(metrics, drift["categories"].get(name, {})))
+    table.add_row("mean", *_metric_cells(result["mean"], drift["mean"]), style="bold")
+    verdicts = ", ".join(
+        f"{truth}: " + " ".join(f"{count} {verdict}" for verdict, count in counts.items())
+        for truth, counts in result["verdicts"].items()
+    )
+    lines: list[Text | Table] = [
+        Text(f"{subject['name']}, {subject['backend']} {subject['precision']}, on {data['layout']} at {data['root']}"),
+        table,
+        Text(f"verdicts of images, {verdicts}"),
+    ]
+    if compare:
+        other, flips = compare["subject"], compare["flips"]
+        lines.append(
+            Text(
+                f"in brackets: {other['name']}, {other['backend']} {other['precision']}; "
+                f"{len(flips['images'])} verdicts differ, scores by at most {flips['score_difference_max'] or 0:.2g}"
+            )
+        )
+    return Group(*lines)
+
+
+def _metric_cells(metrics: dict[str, Any], drift: dict[str, Any]) -> list[str]:
+    cells = [str(metrics["images"])]
+    for name, _ in EVAL_COLUMNS:
+        text = "-" if metrics[name] is None else f"{100 * metrics[name]:.1f}"
+        difference = drift.get(name)
+        cells.append(text if difference is None else f"{text} ({100 * difference:+.2f})")
+    return cells
+
+
 def _verdict_confusion(verdicts: dict[str, dict[str, int]]) -> Table:
     """What is on the frames against what was decided."""
     rows = {"defective": "defect in view", "barely": "only a sliver of one", "good": "no defect"}

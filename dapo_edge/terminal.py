@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -19,6 +20,9 @@ import click
 from dapo_edge.errors import OutputError
 
 PACKAGE_PATH = click.Path(path_type=Path, readable=False)  # opening it says better what is wrong
+map_size_option = click.option(
+    "--map-size", help="model, frame, or WIDTHxHEIGHT; thresholds were made at the package's own size."
+)
 as_json = click.option("--json", "json_output", is_flag=True, help="Print JSON to stdout.")
 FILE_COLUMNS = 200  # of a table that goes into a file
 
@@ -116,7 +120,14 @@ def interrupt() -> None:
 def progress_bar() -> Iterator[Any]:
     """A bar on a terminal; plain lines, one per step, where stderr is a file."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     console = Console(stderr=True)
     if not console.is_terminal:
@@ -129,7 +140,13 @@ def progress_bar() -> Iterator[Any]:
 
         yield line
         return
-    columns = (TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description:28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as bar:
         tasks: dict[str, Any] = {}
 
@@ -143,3 +160,15 @@ def progress_bar() -> Iterator[Any]:
         yield update
         for task in tasks.values():
             bar.update(task, completed=bar.tasks[task].total)
+
+
+def parse_map_size(text: str | None) -> Any:
+    """What `--map-size` means, or None where it was not given. Raises `RecipeError`."""
+    if text is None:
+        return None
+    from dapo_edge.kernels.map_spec import check_map_size
+
+    match = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", text.lower())
+    size = (int(match[1]), int(match[2])) if match else text
+    check_map_size(size)
+    return size

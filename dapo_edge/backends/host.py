@@ -42,6 +42,13 @@ def make_maps(
     return anomaly, types, probs, scores
 
 
+def all_channels(probs: NDArray[np.float32], spec: MapSpec, size: tuple[int, int]) -> NDArray[np.float32]:
+    """The defect map that a `MapBatch` leaves out for speed: patch_probs [B, K+1, h, w] to [B, K+1, H, W] in [0, 1]."""
+    with _ONE_AT_A_TIME, _blas().limit(limits=1, user_api="blas"):
+        maps: NDArray[np.float32] = reference.upsample_maps(probs, *spec.tables(size))
+    return np.clip(maps, 0, 1, out=maps)
+
+
 # The limit holds for the whole process: two threads that set and restore it by turns would leave it set.
 _ONE_AT_A_TIME = threading.Lock()
 

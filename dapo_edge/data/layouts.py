@@ -303,7 +303,7 @@ LAYOUTS: dict[str, Layout] = {
         Layout(
             "csv",
             _read_table,
-            f"{TABLE}, or is such a file, with the column image and, where there are any, mask, type, category and split",
+            f"{TABLE}, or is such a file, with the column image, and mask, type, category, split if there are any",
             may_be_file=True,
         ),
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import Self
 
 from dapo_edge.data.dataset import Sample, read_sample
 from dapo_edge.data.pictures import read_image
@@ -29,31 +30,42 @@ class Loaded:
     error: SourceError | None = None
 
 
-def load(samples: Sequence[Sample], names: Sequence[str], workers: int = 0) -> Iterator[Loaded]:
-    """Every sample in order. Types are indices into `names`, which hold every defect of the samples.
+class Loader:
+    """Reads samples in `workers` other processes, or with 0 in this one. A context manager."""
 
-    With `workers` = 0 they are read here, one when asked for. Raises `DapoEdgeError` when a process dies.
-    """
-    if not workers:
-        for sample in samples:
-            yield _loaded(sample, tuple(names))
-        return
-    waiting: deque[Future[Loaded]] = deque()
-    # Spawned: a fork would copy the threads and locks of an inference runtime in the middle of what they do.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
-    try:
-        for sample in samples:
-            waiting.append(pool.submit(_loaded, sample, tuple(names)))
-            if len(waiting) > AHEAD * workers:
+    def __init__(self, workers: int = 0) -> None:
+        self._workers = workers
+        # Spawned: a fork would copy the threads and locks of an inference runtime in the middle of what they do.
+        self._pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) if workers else None
+
+    def load(self, samples: Sequence[Sample], names: Sequence[str]) -> Iterator[Loaded]:
+        """Every sample in order. Types are indices into `names`, which hold every defect of the samples.
+
+        Raises `DapoEdgeError` when a process dies.
+        """
+        if self._pool is None:
+            for sample in samples:
+                yield _loaded(sample, tuple(names))
+            return
+        waiting: deque[Future[Loaded]] = deque()
+        try:
+            for sample in samples:
+                waiting.append(self._pool.submit(_loaded, sample, tuple(names)))
+                if len(waiting) > AHEAD * self._workers:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool as error:
-        raise DapoEdgeError(
-            "a process that reads images died, perhaps for want of memory", "Use fewer workers: --workers 0"
-        ) from error
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        except BrokenProcessPool as error:
+            raise DapoEdgeError(
+                "a process that reads images died, perhaps for want of memory", "Use fewer workers: --workers 0"
+            ) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._pool:
+            self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _loaded(sample: Sample, names: tuple[str, ...]) -> Loaded:

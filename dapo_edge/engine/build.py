@@ -25,9 +25,8 @@ from dapo_edge.engine.export import export_encoder
 from dapo_edge.engine.frames import build_frames
 from dapo_edge.errors import RecipeError
 from dapo_edge.kernels.map_spec import MapSize, MapSpec
-from dapo_edge.models.clip import load_clip
 from dapo_edge.models.eager import EagerBackend
-from dapo_edge.models.method import Method, method_class
+from dapo_edge.models.method import Method, method_class, method_of
 from dapo_edge.package import (
     ENCODER,
     PROMPTS,
@@ -66,15 +65,11 @@ def build(
     package stays as it was.
     """
     destination = Path(destination or Path("engines") / f"{recipe.name}{SUFFIX}")
-    kind = method_class(recipe.method)
+    method_class(recipe.method)  # an unknown one shows before anything is written
     _check_inputs(recipe)
     with PackageWriter(destination) as writer:
         on_progress("loading the backbone", 0, 1)
-        backbone = recipe.backbone
-        clip = load_clip(
-            backbone.model, pretrained=backbone.pretrained, checkpoint=backbone.checkpoint, seed=recipe.seed
-        )
-        method = kind.from_recipe(recipe, clip)
+        method = method_of(recipe)
         on_progress("encoding the words", 0, 1)
         job = _Job(
             recipe,

@@ -42,6 +42,11 @@ class Curve:
         """False and true positive rate at each threshold, two [T + 1] that rise from 0 to 1; only if `defined`."""
         return rising_share(self.negatives), rising_share(self.positives)
 
+    def precision_recall(self) -> tuple[FloatArray, FloatArray]:
+        """Recall and precision at each threshold from the highest down, two [T]; only if `defined`."""
+        true, flagged = self._flagged()
+        return true / self.positives.sum(), np.where(flagged > 0, true / np.maximum(flagged, 1), 1.0)
+
     def auroc(self) -> float:
         """Area under the ROC curve; the trapezoid counts a tie between a positive and a negative as half."""
         return area_under(*self.rates()) if self.defined else math.nan

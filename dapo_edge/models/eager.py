@@ -20,8 +20,7 @@ from dapo_edge.backends.host import resize_view
 from dapo_edge.config import parse_recipe
 from dapo_edge.errors import RecipeError
 from dapo_edge.kernels.map_spec import MapSpec
-from dapo_edge.models.clip import load_clip
-from dapo_edge.models.method import Method, method_class
+from dapo_edge.models.method import Method, method_of
 from dapo_edge.package import EnginePackage
 from dapo_edge.prompt_bank import PromptBank
 
@@ -47,12 +46,7 @@ class EagerBackend:
         """Make the method again from the recipe that the package carries."""
         if precision not in (None, "fp32"):
             raise RecipeError(f"the eager reference computes in fp32, not '{precision}'", "Leave the precision out")
-        recipe = parse_recipe(package.manifest.recipe)
-        backbone = recipe.backbone
-        clip = load_clip(
-            backbone.model, pretrained=backbone.pretrained, checkpoint=backbone.checkpoint, seed=recipe.seed
-        )
-        method = method_class(recipe.method).from_recipe(recipe, clip)
+        method = method_of(parse_recipe(package.manifest.recipe))
         return cls(method, package.bank(), package.manifest.map, map_size)
 
     @torch.inference_mode()

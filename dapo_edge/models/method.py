@@ -11,7 +11,7 @@ from typing_extensions import Self
 
 from dapo_edge.config import DefectType, Part, Recipe
 from dapo_edge.errors import RecipeError, did_you_mean
-from dapo_edge.models.clip import Clip
+from dapo_edge.models.clip import Clip, load_clip
 from dapo_edge.models.dapo import Dapo
 from dapo_edge.prompt_bank import PromptBank
 
@@ -81,3 +81,10 @@ def method_class(name: str) -> type[Method]:
         valid = f"Valid methods: {', '.join(sorted(METHODS))}"
         raise RecipeError(f"unknown method '{name}'", did_you_mean(name, METHODS) + valid)
     return METHODS[name]
+
+
+def method_of(recipe: Recipe) -> Method:
+    """The method that a recipe asks for, on its backbone. Raises `RecipeError` and what loading weights raises."""
+    backbone = recipe.backbone
+    clip = load_clip(backbone.model, pretrained=backbone.pretrained, checkpoint=backbone.checkpoint, seed=recipe.seed)
+    return method_class(recipe.method).from_recipe(recipe, clip)

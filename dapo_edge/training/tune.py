@@ -18,8 +18,7 @@ from dapo_edge.engine.build import map_spec
 from dapo_edge.errors import RecipeError
 from dapo_edge.extras import require
 from dapo_edge.files import write_atomically
-from dapo_edge.models.clip import load_clip
-from dapo_edge.models.method import method_class
+from dapo_edge.models.method import method_class, method_of
 from dapo_edge.structures import NORMAL
 from dapo_edge.training.trainer import BEST, Progress, Run, Trainer
 from dapo_edge.training.views import Pictures, ViewStore, World
@@ -41,16 +40,15 @@ def tune(
     with. Raises `RecipeError`, `SourceError`, `OutputError` and, for a loss that is no number, `DapoEdgeError`.
     """
     require("matplotlib")  # missing it after hours would cost the curves
-    kind = method_class(recipe.method)
-    backbone, plan = recipe.backbone, recipe.tuning
+    method_class(recipe.method)  # an unknown one shows before the pictures are looked at
+    plan = recipe.tuning
     on_progress("looking at the pictures", 0, 1)
     names = tuple(defect.name for defect in recipe.prompts.defects)
     files = _file_set(plan, names) if plan.data != "synthetic" else None
     if files is None:
         _check_words(names)
     on_progress("loading the backbone", 0, 1)
-    clip = load_clip(backbone.model, pretrained=backbone.pretrained, checkpoint=backbone.checkpoint, seed=recipe.seed)
-    method = kind.from_recipe(recipe, clip).to(device)
+    method = method_of(recipe).to(device)
 
     def show(run: Run) -> None:
         write_log(run, folder / LOG)

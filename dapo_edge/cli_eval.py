@@ -1,0 +1,128 @@
+"""`dapo-edge eval`: how good a package or a recipe is on a data set, as a table, a JSON document and a report."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dapo_edge.errors import RecipeError, SourceError
+from dapo_edge.terminal import (
+    PACKAGE_PATH,
+    as_json,
+    interrupt,
+    map_size_option,
+    parse_map_size,
+    print_json,
+    print_rich,
+    progress_bar,
+    say,
+    stop_on_signals,
+)
+
+if TYPE_CHECKING:
+    from dapo_edge.evaluation.evaluate import DataSet
+    from dapo_edge.evaluation.subject import Subject
+
+LAYOUT_NAMES = ("mvtec_ad", "visa", "mpdd", "mad", "real_iad", "folder", "csv")
+MOST_WORKERS = 4
+
+
+@click.command("eval")
+@click.argument("subject", metavar="PACKAGE|RECIPE", type=PACKAGE_PATH)
+@click.option("--dataset", required=True, type=click.Choice(LAYOUT_NAMES), help="Layout of the data set.")
+@click.option("--root", required=True, type=PACKAGE_PATH, help="Its folder; for csv also the file itself.")
+@click.option("--category", "categories", multiple=True, help="One of its categories; may be repeated. [all]")
+@click.option("--compare", type=PACKAGE_PATH, help="A second package or recipe, on the same images.")
+@click.option(
+    "--words",
+    type=click.Choice(["own", "dataset"]),
+    default="own",
+    show_default=True,
+    help="Defect words: those of the package, or those of each category (needs the build extra).",
+)
+@click.option("--report", type=click.Path(path_type=Path), help="Folder for report.html, eval.json and what resumes.")
+@click.option("--backend", default="openvino", show_default=True, help="Engine for packages; also: eager.")
+@click.option("--compare-backend", help="Engine for the second package. [as --backend]")
+@click.option("--precision", type=click.Choice(["fp32", "fp16"]), help="Override the package's precision.")
+@click.option("--compare-precision", type=click.Choice(["fp32", "fp16"]), help="The same for the second package.")
+@map_size_option
+@click.option("--workers", type=click.IntRange(0, 64), help="Processes that read images. [cores - 1, at most 4]")
+@as_json
+def evaluate(
+    subject: Path,
+    dataset: str,
+    root: Path,
+    categories: tuple[str, ...],
+    compare: Path | None,
+    words: Any,
+    report: Path | None,
+    backend: str,
+    compare_backend: str | None,
+    precision: str | None,
+    compare_precision: str | None,
+    map_size: str | None,
+    workers: int | None,
+    json_output: bool,
+) -> None:
+    """Evaluate PACKAGE or RECIPE on the test images of a data set."""
+    from dapo_edge.evaluation.document import document
+    from dapo_edge.evaluation.evaluate import DataSet
+    from dapo_edge.evaluation.evaluate import evaluate as measure
+    from dapo_edge.evaluation.subject import Subject
+
+    if not compare and (compare_backend or compare_precision):
+        raise RecipeError("--compare-backend and --compare-precision need a second package", "Name it with --compare")
+    data, size = DataSet.read(dataset, root, categories), parse_map_size(map_size)
+    if workers is None:
+        workers = min(MOST_WORKERS, max(1, (os.cpu_count() or 2) - 1))
+    started = time.monotonic()
+    with ExitStack() as stack, progress_bar() as progress, stop_on_signals(interrupt):
+        subjects = [stack.enter_context(Subject.open(subject, backend=backend, precision=precision, map_size=size))]
+        if compare:
+            other = Subject.open(
+                compare, backend=compare_backend or backend, precision=compare_precision or precision, map_size=size
+            )
+            subjects.append(stack.enter_context(other))
+        results = measure(subjects, data, words=words, workers=workers, folder=report, on_progress=progress)
+        found = document(subjects, results, data, words, time.monotonic() - started)
+        if report:
+            progress("writing the report", 0, 1)
+            _write(report, found, subjects, results, data)
+    _show(found, report, json_output)
+
+
+def _write(folder: Path, found: dict[str, Any], subjects: list[Subject], results: Any, data: DataSet) -> None:
+    import json
+
+    from dapo_edge.evaluation.report import DOCUMENT, REPORT, write_report
+    from dapo_edge.files import write_atomically
+
+    write_atomically(folder / DOCUMENT, (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
+
+    def use_words(category: str) -> None:
+        for subject in subjects:
+            subject.use_words(data.words(category) if found["words"] == "dataset" else None)
+
+    write_report(folder / REPORT, found, subjects, results, data, use_words)
+
+
+def _show(found: dict[str, Any], report: Path | None, json_output: bool) -> None:
+    if json_output:
+        print_json(found)
+    else:
+        from dapo_edge.tables import eval_table
+
+        print_rich(eval_table(found))
+    if report:
+        say(f"report: {report / 'report.html'}")
+    failed = found["failed"]
+    if failed:
+        raise SourceError(
+            f"{len(failed)} of {found['dataset']['images']} images could not be used, the first: {failed[0]['reason']}",
+            "All others were evaluated; --json and the report name every one",
+        )

@@ -1,0 +1,100 @@
+"""Plots of an evaluation as SVG text, to be put into an HTML page."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dapo_edge.evaluation.histograms import Curve
+from dapo_edge.extras import require
+
+POINTS = 300  # of a curve: more can't be seen, and pixels have a hundred thousand thresholds
+NAMED = 10  # curves that get a colour and a name; more could not be told apart
+GOOD, BAD, THRESHOLD = "#1b7f4b", "#b3261e", "#1c2530"
+
+
+def curve_plot(title: str, curves: Mapping[str, Curve], kind: str) -> str:
+    """ROC or precision over recall ("pr") of every category in which it is defined."""
+    figure, axes = _figure()
+    known = {name: curve for name, curve in curves.items() if curve.defined}
+    for name, curve in known.items():
+        x, y = _thinned(*(curve.rates() if kind == "roc" else curve.precision_recall()))
+        label = f"{name} ({100 * (curve.auroc() if kind == 'roc' else curve.average_precision()):.1f})"
+        named = len(known) <= NAMED
+        axes.plot(x, y, linewidth=1.3, label=label if named else None, color=None if named else "#5b6876", alpha=0.9)
+    xlabel, ylabel = ("false positive rate", "true positive rate") if kind == "roc" else ("recall", "precision")
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel, xlim=(-0.01, 1.01), ylim=(-0.01, 1.02))
+    if 0 < len(known) <= NAMED:
+        axes.legend(fontsize=7, loc="lower right" if kind == "roc" else "lower left")
+    if not known:
+        axes.text(0.5, 0.5, "undefined without\ngood and defective ones", ha="center", va="center")
+    return _svg(figure)
+
+
+def score_plot(good: Sequence[float], bad: Sequence[float], threshold: float | None) -> str:
+    """Image scores of good and defective images, as shares of each."""
+    figure, axes = _figure()
+    bins = np.linspace(0, 1, 41)
+    for scores, colour, label in ((good, GOOD, "good"), (bad, BAD, "defective")):
+        if scores:
+            weights = np.full(len(scores), 1 / len(scores))
+            axes.hist(scores, bins, weights=weights, alpha=0.6, color=colour, label=f"{label} ({len(scores)})")
+    if threshold is not None:
+        axes.axvline(threshold, color=THRESHOLD, linestyle="--", linewidth=1, label=f"threshold {threshold:.3f}")
+    axes.set(title="Image scores", xlabel="image score", ylabel="share of the images", xlim=(0, 1))
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=7)
+    return _svg(figure)
+
+
+def confusion_plot(words: Sequence[str], counts: NDArray[np.int64]) -> str:
+    """True defect regions by the word that they were given, as shares of each row; only rows that occur."""
+    rows = np.flatnonzero(counts.sum(axis=1))
+    columns = np.flatnonzero(counts.sum(axis=0) + counts.sum(axis=1))
+    shares = counts[np.ix_(rows, columns)] / counts[rows].sum(axis=1, keepdims=True)
+    side = max(4.2, 0.34 * len(columns) + 1.6)
+    figure, axes = _figure((side, max(3.4, 0.3 * len(rows) + 1.4)))
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    axes.set_xticks(range(len(columns)), [words[k] for k in columns], rotation=45, ha="right", fontsize=7)
+    axes.set_yticks(range(len(rows)), [words[k] for k in rows], fontsize=7)
+    for y, x in zip(*np.nonzero(shares), strict=True):
+        tone = "white" if shares[y, x] > 0.5 else "black"
+        axes.text(x, y, int(counts[rows[y], columns[x]]), ha="center", va="center", fontsize=6, color=tone)
+    axes.set(title="True regions by the word they were given", xlabel="given", ylabel="true")
+    axes.grid(visible=False)
+    return _svg(figure)
+
+
+def _figure(size: tuple[float, float] = (5.2, 3.7)) -> tuple[Any, Any]:
+    require("matplotlib")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _thinned(x: NDArray[np.floating], y: NDArray[np.floating]) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
+    """At most `POINTS` of a curve, spread over its length as it is seen."""
+    if len(x) <= POINTS:
+        return x, y
+    way = np.concatenate([[0.0], np.cumsum(np.hypot(np.diff(x), np.diff(y)))])
+    chosen = np.unique(np.searchsorted(way, np.linspace(0, way[-1], POINTS)).clip(0, len(x) - 1))
+    return x[chosen], y[chosen]
+
+
+def _svg(figure: Any) -> str:
+    import matplotlib
+
+    text = io.StringIO()
+    # Text stays text: it can be searched, and costs a fraction of its outlines.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dapo-edge"}):
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    found = text.getvalue()
+    return found[found.index("<svg") :]

@@ -1,0 +1,245 @@
+"""The report of an evaluation: one HTML file that needs nothing else, with tables, curves and telling images."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dapo_edge.calibration.thresholds import clopper_pearson
+from dapo_edge.data.loading import Loaded, Loader
+from dapo_edge.errors import SourceError
+from dapo_edge.evaluation.document import Results, flips
+from dapo_edge.evaluation.evaluate import DataSet, ImageResult, all_images
+from dapo_edge.evaluation.plots import confusion_plot, curve_plot, score_plot
+from dapo_edge.evaluation.subject import Subject
+from dapo_edge.extras import require
+from dapo_edge.files import write_atomically
+from dapo_edge.outputs.overlay import draw
+from dapo_edge.structures import NORMAL, Inspection
+
+REPORT, DOCUMENT = "report.html", "eval.json"
+EXAMPLES = 8  # of each kind
+THUMBNAIL_PX = 320
+JPEG_QUALITY = 85
+
+TILES = (
+    ("image_auroc", "image AUROC"), ("image_ap", "image AP"), ("pixel_auroc", "pixel AUROC"), ("aupro", "AUPRO"),
+    ("type_pixel_auroc", "pixel AUROC per type"), ("type_accuracy", "type accuracy"),
+)  # fmt: skip
+COLUMNS = (
+    ("image_auroc", "image AUROC"), ("image_ap", "image AP"), ("image_f1_max", "image F1-max"),
+    ("pixel_auroc", "pixel AUROC"), ("pixel_ap", "pixel AP"), ("pixel_f1_max", "pixel F1-max"), ("aupro", "AUPRO"),
+    ("type_pixel_auroc", "type AUROC"), ("type_pixel_f1_max", "type F1-max"), ("type_accuracy", "type accuracy"),
+    ("image_ece", "calibration error"),
+)  # fmt: skip
+LOWER_IS_BETTER = ("image_ece",)
+
+Example = dict[str, Any]
+
+
+def write_report(
+    path: Path,
+    document: Mapping[str, Any],
+    subjects: Sequence[Subject],
+    results: Sequence[Results],
+    data: DataSet,
+    use_words: Any = lambda category: None,
+) -> Path:
+    """Write the HTML of an evaluation; the subjects, still open, make the pictures of its examples again.
+
+    `use_words(category)` sets the words that a category was evaluated with. Raises `OutputError`, `DependencyMissing`.
+    """
+    environment = _environment()
+    compare = document.get("compare")
+    html = environment.get_template("report.html.j2").render(
+        title=f"{data.layout.name}: " + " against ".join(subject.recipe.name for subject in subjects),
+        result=document,
+        compare=compare,
+        subjects=[document["subject"], *([compare["subject"]] if compare else [])],
+        tiles=TILES,
+        columns=COLUMNS,
+        calibrated=document["subject"]["thresholds"]["image"] is not None and document["words"] == "own",
+        verdicts=_verdict_rows(document["verdicts"]),
+        figures=_figures(document, results),
+        types=_type_rows(results[0]),
+        unnamed=_unnamed(results[0]),
+        unmasked=sum(result.unmasked for result in results[0].values()),
+        examples=_examples(subjects, results, data, use_words),
+    )
+    return write_atomically(path, html.encode())
+
+
+def _environment() -> Any:
+    jinja2 = require("jinja2")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(percent=percent, signed=signed)
+    return environment
+
+
+def percent(share: float | None) -> str:
+    """`97.3`, or a dash where there is no number."""
+    return "–" if share is None else f"{100 * share:.1f}"
+
+
+def signed(share: float | None, metric: str) -> Any:
+    """A difference in points, green where it is better and red where it is worse; nothing below the last digit."""
+    if share is None:
+        return ""
+    points = round(100 * share, 2)
+    better = (points > 0) != (metric in LOWER_IS_BETTER)
+    tone = "" if abs(points) < 0.05 else ("up" if better else "down")
+    return require("markupsafe").Markup(f'<span class="{tone}">({points:+.2f})</span>')
+
+
+def _verdict_rows(verdicts: Mapping[str, Mapping[str, int]]) -> list[Example]:
+    """`unsure` is not counted as wrong: a person looks."""
+    rows = []
+    for truth, wrong, what in (("good", "ng", "falsely rejected"), ("defective", "ok", "escaped")):
+        counts = verdicts[truth]
+        total = sum(counts.values())
+        low, high = clopper_pearson(counts[wrong], total) if total else (None, None)
+        share = counts[wrong] / total if total else None
+        rows.append({"truth": truth, "counts": counts, "wrong": share, "what": what, "low": low, "high": high})
+    return rows
+
+
+def _figures(document: Mapping[str, Any], results: Sequence[Results]) -> list[str]:
+    evaluations = {name: result.evaluation for name, result in results[0].items()}
+    found = [
+        curve_plot("Images: ROC", {name: e.images.curve() for name, e in evaluations.items()}, "roc"),
+        curve_plot("Images: precision and recall", {n: e.images.curve() for n, e in evaluations.items()}, "pr"),
+        curve_plot("Pixels: ROC", {name: e.pixels.curve() for name, e in evaluations.items()}, "roc"),
+        curve_plot("Pixels: precision and recall", {n: e.pixels.curve() for n, e in evaluations.items()}, "pr"),
+    ]
+    used = [image for _, image in all_images(results[0]) if image.score is not None]
+    threshold = document["subject"]["thresholds"]["image"] if document["words"] == "own" else None
+    found.append(
+        score_plot(
+            [image.score or 0.0 for image in used if image.is_good],
+            [image.score or 0.0 for image in used if not image.is_good],
+            threshold,
+        )
+    )
+    words, confusion = _confusion(results[0])
+    if confusion.any():
+        found.append(confusion_plot(words, confusion))
+    return found
+
+
+def _confusion(results: Results) -> tuple[list[str], NDArray[np.int64]]:
+    """Counts of all categories, by word: [true, predicted]."""
+    words = list(dict.fromkeys(name for result in results.values() for name in result.evaluation.types.names[1:]))
+    total = np.zeros((len(words), len(words)), np.int64)
+    for result in results.values():
+        place = [words.index(name) for name in result.evaluation.types.names[1:]]
+        total[np.ix_(place, place)] += result.evaluation.types.confusion
+    return words, total
+
+
+def _type_rows(results: Results) -> list[Example]:
+    """One line per type that occurs; metrics are means over the categories in which it does."""
+    words, confusion = _confusion(results)
+    rows = []
+    for number, word in enumerate(words):
+        curves = [c for r in results.values() for name, c in r.evaluation.types.curves().items() if name == word]
+        regions = int(confusion[number].sum())
+        if not curves:
+            continue
+        wrong = confusion[number].copy()
+        wrong[number] = 0
+        rows.append(
+            {
+                "name": word,
+                "regions": regions,
+                "right": confusion[number, number] / regions if regions else None,
+                "pixel_auroc": _mean([curve.auroc() for curve in curves]),
+                "pixel_ap": _mean([curve.average_precision() for curve in curves]),
+                "pixel_f1_max": _mean([curve.f1_max() for curve in curves]),
+                "called": f"{words[wrong.argmax()]} ({wrong.max()})" if wrong.any() else "",
+            }
+        )
+    return rows
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else None
+
+
+def _unnamed(results: Results) -> str:
+    counts: dict[str, int] = {}
+    for result in results.values():
+        for name, count in result.unnamed.items():
+            counts[name] = counts.get(name, 0) + count
+    return ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
+
+
+def _examples(
+    subjects: Sequence[Subject], results: Sequence[Results], data: DataSet, use_words: Any
+) -> list[tuple[str, str, list[Example]]]:
+    """The images that say most about where a subject fails."""
+    used = [(category, image) for category, image in all_images(results[0]) if image.score is not None]
+    misses = sorted((e for e in used if not e[1].is_good), key=lambda e: e[1].score or 0.0)[:EXAMPLES]
+    alarms = sorted((e for e in used if e[1].is_good), key=lambda e: -(e[1].score or 0.0))[:EXAMPLES]
+    first = subjects[:1]
+    found = [
+        ("Defective images with the lowest scores", "The first to escape.", _pictured(first, misses, data, use_words)),
+        ("Good images with the highest scores", "The first false alarms.", _pictured(first, alarms, data, use_words)),
+    ]
+    if len(subjects) > 1:
+        changed = {entry["image"] for entry in flips(*results)["images"][:EXAMPLES]}
+        both = [(category, image) for category, image in used if image.image in changed]
+        found.append(("Verdicts that differ", "Maps of A and of B.", _pictured(subjects, both, data, use_words)))
+    return found
+
+
+def _pictured(
+    subjects: Sequence[Subject], images: Sequence[tuple[str, ImageResult]], data: DataSet, use_words: Any
+) -> list[Example]:
+    rows = []
+    for category, image in images:
+        use_words(category)
+        sample = next(s for s in data.categories[category] if str(s.image) == image.image)
+        loaded = next(Loader().load([sample], (NORMAL, image.defect) if not image.is_good else (NORMAL,)))
+        if loaded.image is None:
+            raise loaded.error or SourceError(f"'{image.image}' can't be read any more", "Evaluate again")
+        inspections = [subject.inspection(loaded.image) for subject in subjects]
+        verdicts = " / ".join(f"{i.verdict} {i.score:.3f}" for i in inspections)
+        shown = f"{category}: {image.defect}, {verdicts}"
+        rows.append({"title": shown, "path": image.image, "pictures": _panels(loaded, inspections)})
+    return rows
+
+
+def _panels(loaded: Loaded, inspections: Sequence[Inspection]) -> list[tuple[str, str]]:
+    image = loaded.image
+    assert image is not None
+    panels = [("image", image)]
+    if loaded.types is not None:
+        panels.append(("truth", np.repeat((loaded.types > 0).astype(np.uint8)[..., None] * 255, 3, axis=2)))
+    names = ("map",) if len(inspections) == 1 else tuple(f"map {letter}" for letter in "AB")
+    panels += [(name, _coloured(found.anomaly_map)) for name, found in zip(names, inspections, strict=True)]
+    if len(inspections) == 1:
+        panels.append(("overlay", draw(image, inspections[0], banner=False)))
+    return [(name, _jpeg(panel, image.shape[:2])) for name, panel in panels]
+
+
+def _coloured(anomaly: NDArray[np.float32]) -> NDArray[np.uint8]:
+    cv2 = require("cv2")
+    found: NDArray[np.uint8] = cv2.applyColorMap(np.round(255 * np.clip(anomaly, 0, 1)).astype(np.uint8), 14)  # inferno
+    return found
+
+
+def _jpeg(picture: NDArray[np.uint8], shape: tuple[int, ...]) -> str:
+    """Base64 of a thumbnail with the image's own proportions."""
+    cv2, scale = require("cv2"), THUMBNAIL_PX / max(shape)
+    size = (max(1, round(shape[1] * scale)), max(1, round(shape[0] * scale)))
+    small = cv2.resize(picture, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+    _, data = cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+    return base64.b64encode(data.tobytes()).decode()
