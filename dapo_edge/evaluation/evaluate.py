@@ -217,7 +217,7 @@ def _restored(place: Path | None, subject: Subject) -> CategoryResult | None:
     if place is None or not place.exists():
         return None
     try:
-        with np.load(place, allow_pickle=False) as arrays:
+        with np.load(io.BytesIO(place.read_bytes()), allow_pickle=False) as arrays:
             rest = json.loads(arrays["rest"].tobytes())
             evaluation = Evaluation.of_state(subject.names, arrays)
         images = [ImageResult(**image) for image in rest.pop("images")]

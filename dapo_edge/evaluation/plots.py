@@ -95,6 +95,6 @@ def _svg(figure: Any) -> str:
     text = io.StringIO()
     # Text stays text: it can be searched, and costs a fraction of its outlines.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dapo-edge"}):
-        figure.savefig(text, format="svg", metadata={"Date": None})
+        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     found = text.getvalue()
     return found[found.index("<svg") :]
