@@ -12,6 +12,7 @@ import click
 
 from dapo_edge.errors import RecipeError, SourceError
 from dapo_edge.terminal import (
+    LAYOUT_NAMES,
     PACKAGE_PATH,
     as_json,
     interrupt,
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from dapo_edge.evaluation.evaluate import DataSet
     from dapo_edge.evaluation.subject import Subject
 
-LAYOUT_NAMES = ("mvtec_ad", "visa", "mpdd", "mad", "real_iad", "folder", "csv")
 MOST_WORKERS = 4
 
 

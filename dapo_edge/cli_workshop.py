@@ -10,6 +10,7 @@ import click
 
 from dapo_edge.errors import RecipeError
 from dapo_edge.terminal import (
+    LAYOUT_NAMES,
     PACKAGE_PATH,
     as_json,
     interrupt,
@@ -65,8 +66,10 @@ def tune(recipe: Path, output: Path | None, device: str, json_output: bool) -> N
         print_json(result_json(run, folder))
         return
     best = run.best.validation
+    done = "finished before" if run.restored == len(run.history) else "tuned"
     say(
-        f"tuned {best_file(folder)}: epoch {run.best_epoch} of {len(run.history)}, pixel AUROC {best.pixel_auroc:.3f}, "
+        f"{done} {best_file(folder)}: epoch {run.best_epoch} of {len(run.history)}, "
+        f"pixel AUROC {best.pixel_auroc:.3f}, "
         f"image AUROC {best.image_auroc:.3f}, type accuracy {best.type_accuracy:.3f} on the validation pictures"
     )
 
@@ -76,7 +79,7 @@ def tune(recipe: Path, output: Path | None, device: str, json_output: bool) -> N
 @click.option(
     "--layout",
     required=True,
-    type=click.Choice(["mvtec_ad", "visa", "mpdd", "mad", "real_iad", "folder"]),
+    type=click.Choice(LAYOUT_NAMES),
     help="The data set whose folders to imitate.",
 )
 @click.option("--images", default=100, show_default=True, help="Images in all, over all categories.")

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from dapo_edge.errors import RecipeError, did_you_mean
 from dapo_edge.kernels.map_spec import MAX_MAP_SIDE_PX, MapSize, ScoreRule
@@ -44,23 +53,23 @@ class Backbone(Section):
         return self
 
 
+def _checked_words(text: str) -> str:
+    """Words that a prompt may hold, with single spaces."""
+    text = " ".join(text.split())
+    if not text:
+        raise ValueError("it holds no word")
+    if not text.isprintable():
+        raise ValueError("it holds characters that can't be printed")
+    if "<" in text:  # <end_of_text> and its like are read as tokens, and move the place where the text is read
+        raise ValueError("words can't contain '<'")
+    return text
+
+
 class DefectType(Section):
     """One defect type: the name that results carry and the words that the text encoder reads."""
 
-    name: str = Field(min_length=1)
-    phrase: str = Field(min_length=1)
-
-    @field_validator("name", "phrase")
-    @classmethod
-    def _words(cls, text: str) -> str:
-        text = " ".join(text.split())
-        if not text:
-            raise ValueError("it holds no word")
-        if not text.isprintable():
-            raise ValueError("it holds characters that can't be printed")
-        if "<" in text:  # <end_of_text> and its like are read as tokens, and move the place where the text is read
-            raise ValueError("words can't contain '<'")
-        return text
+    name: Annotated[str, AfterValidator(_checked_words)] = Field(min_length=1)
+    phrase: Annotated[str, AfterValidator(_checked_words)] = Field(min_length=1)
 
 
 def _named_phrase(item: Any) -> Any:
@@ -79,7 +88,9 @@ class Prompts(Section):
     defects: tuple[Annotated[DefectType, BeforeValidator(_named_phrase)], ...] = Field(
         min_length=1, max_length=MAX_DEFECT_TYPES, description="words, or name: phrase pairs"
     )
-    object: str = Field("object", min_length=1, description="the noun that every prompt ends with")
+    object: Annotated[str, AfterValidator(_checked_words)] = Field(
+        "object", min_length=1, description="the noun that every prompt ends with"
+    )
     tuned: Path | None = Field(
         None, description="tuned tokens and adapters: .safetensors, a released .pth, or a bundled name"
     )
@@ -94,6 +105,10 @@ class Prompts(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"defect names must differ; given twice: {', '.join(twice)}")
+        phrases = [defect.phrase for defect in defects]
+        same = sorted({phrase for phrase in phrases if phrases.count(phrase) > 1})
+        if same:
+            raise ValueError(f"two names have the words '{same[0]}': nothing could tell them apart")
         if NORMAL in names:
             raise ValueError(f"'{NORMAL}' is the name of the bank's first row; call the defect something else")
         return defects
@@ -136,6 +151,7 @@ class Gate(Section):
     max_flips: float = Field(0.005, ge=0, le=1, description="share of frames whose verdict may differ")
 
 
+LayoutName = Literal["folder", "csv", "mvtec_ad", "visa", "mpdd", "mad", "real_iad"]
 Part = Literal["context", "text_tokens", "visual_tokens", "adapters"]
 PARTS: tuple[Part, ...] = ("context", "text_tokens", "visual_tokens", "adapters")
 
@@ -159,8 +175,8 @@ class TuningPlan(Section):
     """How `dapo-edge tune` learns from labelled pictures; `build` does not look at it."""
 
     data: str = Field("synthetic", min_length=1, description="folder of a data set, or 'synthetic'")
-    layout: str = Field("folder", description="of the data set: folder, csv, mvtec_ad, visa, mpdd, mad, real_iad")
-    categories: tuple[str, ...] | None = Field(None, min_length=1, description="categories to use; null = all")
+    layout: LayoutName = Field("folder", description="how the data set lies on disk")
+    categories: tuple[str, ...] | None = Field(None, min_length=1, description="of the data set, to use; null = all")
     images: int = Field(2000, ge=8, description="synthetic only: pictures to draw")
     validation: float = Field(0.15, gt=0, lt=0.9, description="share of the pictures that choose the best epoch")
     stages: tuple[Stage, ...] = Field((Stage(),), min_length=1)
@@ -170,6 +186,13 @@ class TuningPlan(Section):
         None, ge=8, le=4096, description="side of the maps that the loss looks at; null = the model's image size"
     )
     seed: int = Field(0, ge=0, lt=2**31)
+
+    @field_validator("data")
+    @classmethod
+    def _no_belt(cls, data: str) -> str:
+        if data.startswith(f"{SYNTHETIC}://"):
+            raise ValueError("a belt has no numbered pictures to learn from; use 'synthetic' or a folder")
+        return data
 
 
 class Recipe(Section):
@@ -270,7 +293,8 @@ def resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
         return None if value is None else str(folder / os.path.expanduser(value))  # noqa: PTH111 (knows no errors)
 
     def frames(value: str | None) -> str | None:
-        return value if value is None or value.startswith(SYNTHETIC) else absolute(value)
+        is_generated = value is not None and (value == SYNTHETIC or value.startswith(f"{SYNTHETIC}://"))
+        return value if is_generated else absolute(value)
 
     data = recipe.model_dump(mode="json")
     backbone, prompts = data["backbone"], data["prompts"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from dapo_edge.errors import OutputError
@@ -9,11 +10,23 @@ from dapo_edge.errors import OutputError
 
 def write_atomically(path: Path, content: bytes) -> Path:
     """Write beside `path`, then rename; makes its folder. Raises `OutputError` when the system refuses."""
+    beside = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.new")
-        beside.write_bytes(content)
-        beside.replace(path)
+        try:
+            beside.write_bytes(content)
+            beside.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):  # on a full disk, half a file would only keep it full
+                beside.unlink()
+            raise
     except OSError as error:
         raise OutputError.refused(path, error) from error
     return path
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder and try to write into it. Raises `OutputError` now instead of after hours of work."""
+    probe = folder / ".probe"
+    write_atomically(probe, b"")
+    probe.unlink(missing_ok=True)

@@ -20,6 +20,7 @@ import click
 from dapo_edge.errors import OutputError
 
 PACKAGE_PATH = click.Path(path_type=Path, readable=False)  # opening it says better what is wrong
+LAYOUT_NAMES = ("mvtec_ad", "visa", "mpdd", "mad", "real_iad", "folder", "csv")
 map_size_option = click.option(
     "--map-size", help="model, frame, or WIDTHxHEIGHT; thresholds were made at the package's own size."
 )

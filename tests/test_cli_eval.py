@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from click.testing import CliRunner
 from test_cli import dapo_edge, refused
 
 import dapo_edge as package_of_ours
-from dapo_edge.cli_eval import LAYOUT_NAMES
-from dapo_edge.config import load_recipe
+from dapo_edge.config import LayoutName, load_recipe
 from dapo_edge.data.dataset import FileSet
 from dapo_edge.data.layouts import LAYOUTS
 from dapo_edge.data.protocol import surfaces_v1
@@ -22,6 +22,7 @@ from dapo_edge.evaluation.features import Features, metrics_of
 from dapo_edge.evaluation.subject import Subject
 from dapo_edge.models.method import method_of
 from dapo_edge.package import EnginePackage
+from dapo_edge.terminal import LAYOUT_NAMES
 from dapo_edge.training.views import ViewStore
 
 RECIPE = Path(package_of_ours.__file__).parent / "assets" / "surface-tiny.yaml"
@@ -35,7 +36,7 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_command_line_knows_every_layout() -> None:
-    assert set(LAYOUT_NAMES) == set(LAYOUTS)
+    assert set(LAYOUT_NAMES) == set(LAYOUTS) == set(get_args(LayoutName))
 
 
 def test_document_table_and_report(package: EnginePackage, generated: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from dapo_edge.config import PARTS, load_recipe, parse_recipe, recipe_schema
 from dapo_edge.errors import RecipeError
@@ -212,3 +213,21 @@ def test_pictures_to_tune_on_lie_relative_to_the_recipe(tmp_path: Path) -> None:
     for written, read in (("pictures", str(tmp_path / "pictures")), ("synthetic", "synthetic"), ("/data", "/data")):
         (tmp_path / "r.yaml").write_text(text % written)
         assert load_recipe(tmp_path / "r.yaml").tuning.data == read
+
+
+@pytest.mark.parametrize("noun", ["object <end_of_text>", "   ", "a\tb\x07"])
+def test_the_object_is_words_too(noun: str) -> None:
+    with pytest.raises(RecipeError, match=r"prompts\.object"):
+        parse_recipe(VALID | {"prompts": {"defects": ["scratch"], "object": noun}})
+
+
+def test_two_names_for_the_same_words_are_refused() -> None:
+    with pytest.raises(RecipeError, match="nothing could tell them apart"):
+        parse_recipe(VALID | {"prompts": {"defects": ["scratch", {"kratzer": "scratch"}]}})
+
+
+def test_a_folder_may_be_called_synthetic_something(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(VALID | {"tuning": {"data": "synthetic-parts"}}))
+    assert load_recipe(tmp_path / "r.yaml").tuning.data == str(tmp_path / "synthetic-parts")
+    with pytest.raises(RecipeError, match="use 'synthetic' or a folder"):
+        parse_recipe(VALID | {"tuning": {"data": "synthetic://640x480"}})

@@ -63,6 +63,15 @@ class FileSet:
                 digest.update(repr((path.name, sample.category, sample.defect, known)).encode())
         return digest.hexdigest()
 
+    @property
+    def kinds(self) -> tuple[tuple[str, str], ...]:
+        """Category and defect of every picture."""
+        return tuple((sample.category, sample.defect) for sample in self.samples)
+
+    def title(self, index: int) -> str:
+        """The path of a picture."""
+        return str(self.samples[index].image)
+
     def __len__(self) -> int:
         return len(self.samples)
 
@@ -127,6 +136,7 @@ def check_files(samples: Iterable[Sample]) -> None:
         if not sample.is_good:
             if sample.mask is None:
                 raise _no_mask(sample)
+            _check_there(sample)
             found = picture_size(sample.mask, "mask")
             if found != size:
                 raise _other_size(sample.mask, found, size)
@@ -156,6 +166,7 @@ def _defective(sample: Sample, shape: tuple[int, ...]) -> NDArray[np.bool_]:
     """The mask of a defective sample, [H, W] bool with at least one pixel set."""
     if sample.mask is None:
         raise _no_mask(sample)
+    _check_there(sample)
     mask = read_mask(sample.mask)
     if mask.shape != shape:
         raise _other_size(sample.mask, mask.shape[::-1], shape[::-1])
@@ -165,6 +176,14 @@ def _defective(sample: Sample, shape: tuple[int, ...]) -> NDArray[np.bool_]:
             "Mark the defect in white, or move the image to the good ones",
         )
     return mask
+
+
+def _check_there(sample: Sample) -> None:
+    if sample.mask and not sample.mask.exists():
+        raise SourceError(
+            f"the mask '{sample.mask}' of '{sample.image}' does not exist",
+            "Save it there, as PNG whose defective pixels are white, or leave the image out",
+        )
 
 
 def _no_mask(sample: Sample) -> SourceError:

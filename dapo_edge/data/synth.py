@@ -24,13 +24,14 @@ from numpy.typing import NDArray
 from dapo_edge.data.brushes import cv2
 from dapo_edge.data.dataset import SplitName
 from dapo_edge.data.flaws import DEFECTS
-from dapo_edge.data.layouts import layout_of
+from dapo_edge.data.layouts import TABLE, layout_of
 from dapo_edge.data.materials import MATERIALS
 from dapo_edge.data.protocol import FREE_FROM
 from dapo_edge.data.surfaces import check_world, make_surface, stream
 from dapo_edge.errors import OutputError, RecipeError
 from dapo_edge.structures import NORMAL, Picture
 
+MAX_IMAGES, MAX_PICTURE_PX = 1_000_000, 1 << 24  # above, a picture takes gigabytes while it is drawn
 MIN_IMAGES = 3  # of a category: good ones to train and to test, and a defective one
 TRAIN_SHARE, GOOD_SHARE = 0.3, 0.2  # the rest of a category is defective
 # Beyond the numbers that training and its tests use, so that a written set repeats none of their pictures.
@@ -113,16 +114,23 @@ def write_dataset(
     writer = WRITERS[layout_of(layout).name]
     orders = _plan(images, writer.has_train)
     check_world(seed, size, tuple(MATERIALS), tuple(DEFECTS), 0, 1)
+    if size[0] * size[1] > MAX_PICTURE_PX:
+        raise RecipeError(f"images of {size[0]}x{size[1]} are too large", f"Use at most {MAX_PICTURE_PX} pixels")
     out = Path(os.path.realpath(out))
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise OutputError(f"'{out}' exists and is not an empty folder", "Name a new folder; nothing is overwritten")
         out.parent.mkdir(parents=True, exist_ok=True)
-        draft = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
+        # Inside a folder that is there already: it may be somebody's current one, or a disk of its own.
+        draft = (out if out.exists() else out.parent) / f".{secrets.token_hex(4)}.partial"
         draft.mkdir()
         try:
             _write_all(draft, orders, writer, seed, size, on_image)
-            draft.rename(out)
+            if out.exists():
+                for entry in list(draft.iterdir()):
+                    entry.rename(out / entry.name)
+            else:
+                draft.rename(out)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
     except OSError as error:
@@ -136,6 +144,8 @@ def _plan(images: int, has_train: bool) -> list[Order]:
         raise RecipeError(
             f"a data set of {images} images is too small", f"Use at least {MIN_IMAGES}: good ones and a defective one"
         )
+    if images > MAX_IMAGES:
+        raise RecipeError(f"a data set of {images} images is too large", f"Write at most {MAX_IMAGES} at a time")
     categories = min(len(MATERIALS), images // MIN_IMAGES)
     defects = tuple(DEFECTS)
     orders: list[Order] = []
@@ -241,6 +251,21 @@ def _folder_place(order: Order) -> Place:
     return Place(f"{order.category}/{name}", f"{order.category}/masks/{name}")
 
 
+def _csv_place(order: Order) -> Place:
+    name = f"{order.category}/{order.split}_{order.kind}_{order.number:03d}.png"
+    return Place(f"images/{name}", f"masks/{name}")
+
+
+def _csv_index(orders: Sequence[Order]) -> dict[str, str]:
+    """The table that names everything."""
+    rows = [("image", "type", "mask", "category", "split")]
+    for order in orders:
+        place, is_good = _csv_place(order), order.defect == NORMAL
+        kind, mask = ("", "") if is_good else (order.defect, place.mask)
+        rows.append((place.image, kind, mask, order.category, order.split))
+    return {TABLE: _csv_text(rows)}
+
+
 def _visa_place(order: Order) -> Place:
     kind, number = ("Normal", f"{order.serial:04d}") if order.defect == NORMAL else ("Anomaly", f"{order.serial:03d}")
     return Place(
@@ -318,4 +343,5 @@ WRITERS = {
     "mad": Writer(_mad_place),
     "real_iad": Writer(_real_iad_place, _real_iad_index),
     "folder": Writer(_folder_place, has_train=False),
+    "csv": Writer(_csv_place, _csv_index),
 }

@@ -6,10 +6,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from annotated_types import Gt
 from pydantic import ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
@@ -55,9 +56,9 @@ class Tuning:
     """What the parameters belong to. None: the file does not say, as the released ones."""
 
     readout: Literal["eot", "release"]
-    temperature: float | None = None
+    temperature: Annotated[float, Gt(0)] | None = None
     feature_layers: tuple[int, ...] | None = None
-    image_size: int | None = None
+    image_size: Annotated[int, Gt(0)] | None = None
     backbone: str | None = None
     fingerprint: str | None = None  # of the backbone's weights, see `Clip.fingerprint`
 
@@ -73,7 +74,8 @@ class Tuned:
 def read(path: Path) -> Tuned:
     """Read tuned parameters of either format. Raises `RecipeError`."""
     if not path.is_file():
-        raise RecipeError(f"the tuned file '{path}' does not exist", "Check 'prompts.tuned' in the recipe")
+        what = "is not a file" if path.exists() else "does not exist"
+        raise RecipeError(f"the tuned file '{path}' {what}", "Check 'prompts.tuned' in the recipe")
     tuned = _read_released(path) if path.suffix in (".pth", ".pt") else _read_safetensors(path)
     normal, abnormal = tuned.tensors.normal_context.shape, tuned.tensors.abnormal_context.shape
     if normal != abnormal or len(normal) != 3 or normal[0] < 1:

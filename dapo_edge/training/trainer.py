@@ -30,6 +30,7 @@ from dapo_edge.evaluation.metrics import Summary
 from dapo_edge.files import write_atomically
 from dapo_edge.kernels.map_spec import MapSpec
 from dapo_edge.models.method import Method
+from dapo_edge.structures import NORMAL
 from dapo_edge.training.losses import dapo_loss
 from dapo_edge.training.views import ViewStore
 
@@ -43,7 +44,7 @@ class Epoch:
     """One line of a run's history."""
 
     epoch: int  # counts from 1
-    stage: int
+    stage: int  # counts from 1
     map_loss: float
     image_loss: float
     quality: float  # of the validation pictures, see `quality_of`
@@ -60,11 +61,15 @@ def quality_of(summary: Summary) -> float:
     metrics = (summary.pixel_auroc, summary.image_auroc, summary.type_pixel_auroc, summary.aupro)
     known = [metric for metric in metrics if not math.isnan(metric)]
     if not known:
-        raise RecipeError(
-            f"the {summary.images} validation pictures show no defect, so no epoch is better than another",
-            "Tune with more pictures, or raise 'tuning.validation'",
-        )
+        raise _no_defect(summary.images)
     return float(np.mean(known))
+
+
+def _no_defect(pictures: int) -> RecipeError:
+    return RecipeError(
+        f"the {pictures} validation pictures show no defect, so no epoch is better than another",
+        "Tune with more pictures, or raise 'tuning.validation'",
+    )
 
 
 @dataclass(eq=False)
@@ -74,6 +79,7 @@ class Run:
     history: list[Epoch] = field(default_factory=list)
     best_epoch: int = 0
     best_weights: dict[str, list[Tensor]] = field(default_factory=dict)
+    restored: int = 0  # epochs that an earlier run had done already
 
     @property
     def best(self) -> Epoch:
@@ -129,6 +135,9 @@ class Trainer:
         run, pending = Run(), None
         if self._folder and (self._folder / STATE).exists():
             run, pending = self._restore(self._folder / STATE)
+            self._write(LATEST)
+        else:
+            self._check_validation()
         epoch = 0
         for number, stage in enumerate(self._plan.stages):
             optimizer = self._optimizer(stage)
@@ -144,9 +153,17 @@ class Trainer:
                     return run
                 self._one_epoch(run, epoch, number, optimizer)
         self._load(run.best_weights)
-        if self._folder and not (self._folder / BEST).exists():
-            self._write(BEST)  # somebody moved it away
+        if run.restored:
+            self._write(BEST)  # somebody may have moved it away or damaged it
         return run
+
+    def _check_validation(self) -> None:
+        """Before the first step: an epoch that nothing can be judged by would be in vain."""
+        for start in range(0, len(self._validation), self._plan.batch):
+            batch = self._validation[start : start + self._plan.batch]
+            if self._store.fetch(batch)[1].any():
+                return
+        raise _no_defect(len(self._validation))
 
     def _one_epoch(self, run: Run, epoch: int, stage: int, optimizer: torch.optim.Optimizer) -> None:
         started = time.monotonic()
@@ -156,7 +173,7 @@ class Trainer:
         summary = metrics_of(self._method, self._checked, self._validation, self._phrases, self._noun, self._spec)
         map_loss, image_loss = np.mean(losses, axis=0).tolist()
         seconds = time.monotonic() - started
-        run.history.append(Epoch(epoch, stage, map_loss, image_loss, quality_of(summary), summary, seconds))
+        run.history.append(Epoch(epoch, stage + 1, map_loss, image_loss, quality_of(summary), summary, seconds))
         if not run.best_epoch or run.history[-1].quality > run.best.quality:
             run.best_epoch, run.best_weights = epoch, self._weights()
             self._write(BEST)
@@ -173,20 +190,21 @@ class Trainer:
         map_loss, image_loss = dapo_loss(maps, embedding, rows, ids, defective, self._method.temperature)
         loss = map_loss + image_loss
         if not torch.isfinite(loss):
-            where = f" (pictures {', '.join(map(str, batch[:8]))}...)"
-            raise self._no_number(f"the loss is {float(loss.detach())} in", epoch, where)
+            shown = ", ".join(self._store.title(index) for index in batch[:3])
+            raise self._no_number(f"the loss is {float(loss.detach())} in", epoch, f", with {shown} ...")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         return float(map_loss.detach()), float(image_loss.detach())
 
     def _no_number(self, what: str, epoch: int, where: str = "") -> DapoEdgeError:
-        return DapoEdgeError(
-            f"{what} epoch {epoch}{where}",
-            f"Tune into another folder with a lower 'learning_rate'; start from 'prompts.tuned: {self._folder / BEST}'"
-            if self._folder and (self._folder / BEST).exists()
-            else "Lower 'learning_rate' in the recipe's tuning stages; nothing was saved",
-        )
+        remedy = "Lower 'learning_rate' in the recipe's tuning stages; nothing was saved"
+        if self._folder and (self._folder / BEST).exists():
+            best = (self._folder / BEST).resolve()
+            remedy = f"Tune into another folder with a lower 'learning_rate'; start from 'prompts.tuned: {best}'"
+        elif getattr(self._method, "tuned", False):
+            remedy += "; if it happens at any rate, 'prompts.tuned' is no start to learn from"
+        return DapoEdgeError(f"{what} epoch {epoch}{where}", remedy)
 
     def _maps(self, tokens: Tensor, rows: Tensor) -> list[Tensor]:
         """Tokens [B, L, N, D] to probabilities [B, K+1, P, P] of each layer, at the loss's own size."""
@@ -254,31 +272,33 @@ class Trainer:
         shapes = {part: [list(p.shape) for p in parameters] for part, parameters in self._parts.items()}
         return json.dumps(
             {
-                "plan": self._plan.model_dump(mode="json"),
+                # Where the pictures lie, and how their folder is read, shows in the pictures themselves.
+                **self._plan.model_dump(mode="json", exclude={"data", "layout", "categories"}),
                 "phrases": self._phrases,
                 "names": self._store.names,
                 "noun": self._noun,
                 "pictures": self._store.identity,
                 "versions": [dapo_edge.__version__, torch.__version__],
-                "map": asdict(self._spec),
+                "maps": asdict(self._spec),
                 "feature_layers": self._method.feature_layers,
                 "readout": getattr(self._method, "readout", None),
                 "backbone": self._method.clip.fingerprint,
-                "parts": shapes,
-                "start": self._start,
+                "shapes": shapes,
+                "starting weights": self._start,
             }
         )
 
     def _restore(self, path: Path) -> tuple[Run, dict[str, Any]]:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            if state["identity"] == self._identity():
+            differing = _differing(state["identity"], self._identity())
+            if not differing:
                 history = [
                     Epoch(**{**entry, "validation": Summary(**entry["validation"])})
                     for entry in json.loads(state["history"])
                 ]
                 self._load(state["weights"])
-                return Run(history, int(state["best_epoch"]), state["best_weights"]), state
+                return Run(history, int(state["best_epoch"]), state["best_weights"], len(history)), state
         except (OSError, MemoryError):
             raise
         except Exception as error:  # a damaged archive fails in any way it likes
@@ -287,9 +307,15 @@ class Trainer:
                 "Delete the file to begin again",
             ) from error
         raise RecipeError(
-            f"'{path}' belongs to a run with other settings, words, pictures or weights",
-            "Tune into another folder (--output), or delete this one to begin again",
+            f"'{path}' belongs to another run: {', '.join(differing)} differ",
+            "Tune into another folder (--output); to go on from its prompts, name a copy of them in 'prompts.tuned'",
         )
+
+
+def _differing(one: str, other: str) -> list[str]:
+    """What two identities do not share."""
+    first, second = json.loads(one), json.loads(other)
+    return sorted(key for key in {*first, *second} if first.get(key) != second.get(key))
 
 
 def _digest(tensors: Iterable[Tensor]) -> str:
@@ -301,9 +327,38 @@ def _digest(tensors: Iterable[Tensor]) -> str:
 
 
 def split_pictures(store: ViewStore, plan: TuningPlan) -> tuple[list[int], list[int]]:
-    """Indices to learn from and to validate on, drawn by the plan's seed. Raises `RecipeError` for too few."""
+    """Indices to learn from and to validate on, drawn by the plan's seed. Raises `RecipeError` for too few.
+
+    Where kinds are known, each gives its share, and both sides get good and defective pictures.
+    """
     order = np.random.default_rng([plan.seed, 0]).permutation(len(store)).tolist()
-    held_out = max(1, round(plan.validation * len(order)))
-    if len(order) - held_out < 1:
+    if store.kinds is None:
+        count = max(1, round(plan.validation * len(order)))
+        held_out = order[:count]
+    else:
+        held_out = _share_of_each(order, store.kinds, plan.validation)
+    left = set(held_out)
+    training = [index for index in order if index not in left]
+    if not training:
         raise RecipeError(f"{len(order)} pictures are too few to tune with", "Give at least two, better hundreds")
-    return order[held_out:], order[:held_out]
+    return training, held_out
+
+
+def _share_of_each(order: Sequence[int], kinds: Sequence[tuple[str, str]], share: float) -> list[int]:
+    """A share of the pictures, spread evenly over the kinds (systematic sampling of the list sorted by kind)."""
+    by_kind = sorted(order, key=lambda index: kinds[index])
+    held_out = {
+        index for place, index in enumerate(by_kind) if int((place + 1) * share + 0.5) > int(place * share + 0.5)
+    }
+    for is_good in (True, False):
+        members = [index for index in order if (kinds[index][1] == NORMAL) == is_good]
+        if len(members) < 2:
+            what = "good" if is_good else "defective"
+            raise RecipeError(
+                f"{len(members)} {what} pictures are too few to tune with", "Give at least two, better hundreds"
+            )
+        if not held_out & {*members}:
+            held_out.add(members[0])
+        if {*members} <= held_out:
+            held_out.remove(members[-1])
+    return [index for index in order if index in held_out]

@@ -15,15 +15,16 @@ from dapo_edge.data.flaws import DEFECTS
 from dapo_edge.data.layouts import layout_of
 from dapo_edge.data.protocol import surfaces_v1
 from dapo_edge.engine.build import map_spec
-from dapo_edge.errors import RecipeError
+from dapo_edge.errors import RecipeError, SourceError, did_you_mean
 from dapo_edge.extras import require
-from dapo_edge.files import write_atomically
+from dapo_edge.files import check_writable, write_atomically
 from dapo_edge.models.method import method_class, method_of
 from dapo_edge.structures import NORMAL
 from dapo_edge.training.trainer import BEST, Progress, Run, Trainer
 from dapo_edge.training.views import Pictures, ViewStore, World
 
 LOG, CURVES = "log.csv", "curves.png"
+MOST_NAMED = 5  # files of one error line
 
 
 def tune(
@@ -39,7 +40,7 @@ def tune(
     Goes on where an earlier run in the folder ended; `stop_after` ends it after that many epochs in all, to be gone on
     with. Raises `RecipeError`, `SourceError`, `OutputError` and, for a loss that is no number, `DapoEdgeError`.
     """
-    require("matplotlib")  # missing it after hours would cost the curves
+    _check_start(recipe, folder, device)
     method_class(recipe.method)  # an unknown one shows before the pictures are looked at
     plan = recipe.tuning
     on_progress("looking at the pictures", 0, 1)
@@ -47,8 +48,14 @@ def tune(
     files = _file_set(plan, names) if plan.data != "synthetic" else None
     if files is None:
         _check_words(names)
+    else:
+        _read_all(files, on_progress)
     on_progress("loading the backbone", 0, 1)
     method = method_of(recipe).to(device)
+    with require("torch").no_grad():
+        method.rows([defect.phrase for defect in recipe.prompts.defects], recipe.prompts.object)  # do the words fit?
+
+    check_writable(folder)
 
     def show(run: Run) -> None:
         write_log(run, folder / LOG)
@@ -70,6 +77,34 @@ def tune(
     if run.history:
         show(run)
     return run
+
+
+def _check_start(recipe: Recipe, folder: Path, device: str) -> None:
+    """What would otherwise show after hours, or cost what is there already."""
+    require("matplotlib")
+    start = recipe.prompts.tuned
+    if start and start.resolve().parent == folder.resolve():
+        raise RecipeError(
+            f"'prompts.tuned' names '{start}', which this run would overwrite",
+            "Start from a copy of it in another place, or tune into another folder (--output)",
+        )
+    if device == "cuda" and not require("torch").cuda.is_available():
+        raise RecipeError("this machine's torch finds no CUDA device", "Tune with --device cpu")
+
+
+def _read_all(files: FileSet, on_progress: Progress) -> None:
+    """Raise one `SourceError` for all pictures that can't be used, before anything is learnt."""
+    errors = []
+    for index in range(len(files)):
+        on_progress("looking at the pictures", index, len(files))
+        try:
+            files[index]
+        except SourceError as error:
+            errors.append(error)
+    if errors:
+        causes = "; ".join(error.cause for error in errors[:MOST_NAMED])
+        more = f"; and {len(errors) - MOST_NAMED} more" if len(errors) > MOST_NAMED else ""
+        raise SourceError(f"{len(errors)} of {len(files)} pictures can't be used: {causes}{more}", errors[0].remedy)
 
 
 def best_file(folder: Path) -> Path:
@@ -135,9 +170,10 @@ def _file_set(plan: TuningPlan, names: Sequence[str]) -> FileSet:
     check_files(samples)
     missing = [name for name in names_of(samples)[1:] if name not in names]
     if missing:
+        hints = [did_you_mean(name, names, cutoff=0.6) for name in missing]
         raise RecipeError(
             f"'{plan.data}' shows {', '.join(map(repr, missing))}, which the recipe does not name",
-            "Add them to 'prompts.defects', or leave their categories out",
+            f"{next(filter(None, hints), '')}Name them in 'prompts.defects', or leave their pictures out",
         )
     return FileSet(tuple(samples), (NORMAL, *names))
 

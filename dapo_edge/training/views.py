@@ -56,6 +56,15 @@ class Pictures(Protocol):
         """Tells these pictures from others, without reading them."""
         ...
 
+    @property
+    def kinds(self) -> Sequence[tuple[str, str]] | None:
+        """Category and defect of every picture, or None where only the pictures themselves tell."""
+        ...
+
+    def title(self, index: int) -> str:
+        """What people know a picture by."""
+        ...
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Picture | View: ...
@@ -84,6 +93,15 @@ class World:
     def identity(self) -> str:
         """As `Pictures.identity`."""
         return repr(self)
+
+    @property
+    def kinds(self) -> None:
+        """As `Pictures.kinds`."""
+        return None
+
+    def title(self, index: int) -> str:
+        """As `Pictures.title`."""
+        return f"number {self.first + index} of the generated world"
 
     def __len__(self) -> int:
         return self.count
@@ -138,6 +156,15 @@ class AnyDefect:
         """As `Pictures.identity`."""
         return f"{self.world.identity} as one type"
 
+    @property
+    def kinds(self) -> None:
+        """As `Pictures.kinds`."""
+        return None
+
+    def title(self, index: int) -> str:
+        """As `Pictures.title`."""
+        return self.world.title(index)
+
     def __len__(self) -> int:
         return len(self.world)
 
@@ -189,6 +216,8 @@ class ViewStore:
         self.names = pictures.names
         self.image_size = image_size
         self.identity = pictures.identity
+        self.kinds = pictures.kinds
+        self.title = pictures.title
         self._pictures = pictures
         self._pool = ThreadPoolExecutor(workers)
         self._fits = len(pictures) * image_size**2 * 4 <= _MEMORY_BYTES

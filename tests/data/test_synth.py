@@ -193,3 +193,18 @@ def test_the_command_prints_a_summary(tmp_path: Path) -> None:
     assert small.returncode == 2
     assert "'48' is not WIDTHxHEIGHT" in small.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_the_current_folder_stays_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    inode = tmp_path.stat().st_ino
+    write_dataset(Path(), "folder", 3, size=(32, 32))
+    assert tmp_path.stat().st_ino == inode
+    assert [path.name for path in Path.cwd().iterdir()] != []
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(("images", "size"), [(10**12, (32, 32)), (3, (20_000, 20_000))])
+def test_what_would_fill_the_machine_is_refused_at_once(tmp_path: Path, images: int, size: tuple[int, int]) -> None:
+    with pytest.raises(RecipeError, match="too large"):
+        write_dataset(tmp_path / "set", "folder", images, size=size)

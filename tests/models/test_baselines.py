@@ -34,6 +34,11 @@ class Squares:
     """Bright and dark squares on grey."""
 
     identity = "squares"
+    kinds = None
+
+    def title(self, index: int) -> str:
+        return f"square {index}"
+
     names = (NORMAL, "hole", "stain")
 
     def __len__(self) -> int:

@@ -42,6 +42,10 @@ class Squares:
     def __init__(self, count: int = 24) -> None:
         self.count = count
         self.identity = f"{count} squares"
+        self.kinds = None
+
+    def title(self, index: int) -> str:
+        return f"square {index}"
 
     def __len__(self) -> int:
         return self.count

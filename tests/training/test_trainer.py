@@ -147,7 +147,7 @@ def test_the_stage_table_decides_what_learns_when(easy_config: Path, monkeypatch
 
     monkeypatch.setattr(trainer_module, "metrics_of", watched)
     run = trainer.tune()
-    assert [epoch.stage for epoch in run.history] == [0, 1, 1, 2]
+    assert [epoch.stage for epoch in run.history] == [1, 2, 2, 3]
     changes = [
         {name.split()[0] for name in a if not np.array_equal(a[name], b[name])} for a, b in itertools.pairwise(seen)
     ]
@@ -279,6 +279,22 @@ def test_the_split_is_drawn_once() -> None:
     assert split_pictures(store, plan_of((PARTS, 1), validation=0.2, seed=1)) != (training, validation)
     with pytest.raises(RecipeError, match="1 pictures are too few"):
         split_pictures(ViewStore(Squares(1), SIDE), plan_of((PARTS, 1)))
+
+
+@pytest.mark.parametrize("share", [0.01, 0.15, 0.5, 0.89])
+@pytest.mark.parametrize("seed", range(3))
+def test_every_kind_is_split_and_both_sides_see_good_and_bad(share: float, seed: int) -> None:
+    kinds = [("nut", "normal")] * 40 + [("nut", "hole")] * 12 + [("pin", "normal")] * 8 + [("pin", "stain")] * 2
+    held_out = trainer_module._share_of_each(np.random.default_rng(seed).permutation(62).tolist(), kinds, share)
+    left = set(range(62)) - set(held_out)
+    assert abs(len(held_out) - share * 62) <= 2
+    for side in (held_out, left):
+        assert {kinds[index][1] == "normal" for index in side} == {True, False}
+    for kind in set(kinds):
+        count = kinds.count(kind)
+        assert abs(sum(kinds[index] == kind for index in held_out) - share * count) <= 1.01
+    with pytest.raises(RecipeError, match="1 defective pictures are too few"):
+        trainer_module._share_of_each([0, 1, 2], [("nut", "normal"), ("nut", "normal"), ("nut", "hole")], share)
 
 
 def test_every_picture_is_seen_once_an_epoch(easy_config: Path) -> None:

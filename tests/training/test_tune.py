@@ -28,12 +28,12 @@ from dapo_edge.data.flaws import DEFECTS
 from dapo_edge.data.protocol import TUNING, first_picture, surfaces_v1
 from dapo_edge.data.synth import write_dataset
 from dapo_edge.engine.build import build
-from dapo_edge.errors import OutputError, RecipeError
+from dapo_edge.errors import OutputError, RecipeError, SourceError
 from dapo_edge.models import checkpoints
 from dapo_edge.models.clip import load_clip
 from dapo_edge.models.dapo import Dapo
 from dapo_edge.training import tune as tune_module
-from dapo_edge.training.trainer import BEST, LATEST, STATE, Run
+from dapo_edge.training.trainer import BEST, LATEST, STATE, Run, Trainer
 from dapo_edge.training.tune import CURVES, LOG, best_file, result_json, tune
 from dapo_edge.training.views import World
 
@@ -190,7 +190,7 @@ def test_the_command(recipe_of: Any, cli: Any, tmp_path: Path) -> None:
     assert (code, out) == (0, "")
     assert "epoch 1 of 1, pixel AUROC 0." in err
     code, _, err = cli(recipe_of(epochs=2))
-    refused(2, (code, "", err), "belongs to a run with other settings", "--output")
+    refused(2, (code, "", err), "belongs to another run: stages differ", "--output")
 
 
 def refused(code: int, result: tuple[int, str, str], *texts: str) -> None:
@@ -208,8 +208,8 @@ def refused(code: int, result: tuple[int, str, str], *texts: str) -> None:
         (["hole", "hole"], {}, ["given twice: hole"]),
         (["hole", "hoole"], {}, ["the generated world has no defect 'hoole'", "'tuning.data'"]),
         ([{"hole": "very long defect " * 20}], {}, ["tokens, the text tower of easy-clip reads 32", "fewer words"]),
-        (["hole"], {"layout": "mvtec"}, []),
-        (["hole"], {"data": "nowhere", "layout": "mvtec"}, ["unknown layout 'mvtec'", "Did you mean 'mvtec_ad'"]),
+        (["hole"], {"layout": "visa"}, []),
+        (["hole"], {"data": "nowhere", "layout": "mvtec"}, ["'tuning.layout' is 'mvtec'", "'mvtec_ad'"]),
         (["hole"], {"data": "nowhere"}, ["there is no folder", "nowhere"]),
         (["hole"], {"stages": [{"learn": ["adapter"]}]}, ["'tuning.stages.0.learn.0' is 'adapter'"]),
         (["hole"], {"stagess": []}, ["unknown key 'tuning.stagess' (did you mean 'stages'?)"]),
@@ -375,9 +375,55 @@ def test_another_tuned_file_to_start_from_is_another_run(recipe_of: Any, tmp_pat
     tune(parse_recipe(fields), tmp_path / "a")
     fields["prompts"]["tuned"] = str(tmp_path / "a" / BEST)
     tune(parse_recipe(fields), tmp_path / "b")
-    with pytest.raises(RecipeError, match="other settings"):
+    before = (tmp_path / "a" / BEST).read_bytes()
+    with pytest.raises(RecipeError, match="would overwrite"):
+        tune(parse_recipe(fields), tmp_path / "a")
+    fields["prompts"]["tuned"] = str(shutil.copy(tmp_path / "a" / BEST, tmp_path / "copy.safetensors"))
+    with pytest.raises(RecipeError, match="another run: starting weights differ"):
         tune(parse_recipe(fields), tmp_path / "a")
     fields["prompts"].pop("tuned")
     fields["prompts"]["readout"] = "release"
-    with pytest.raises(RecipeError, match="other settings"):
+    with pytest.raises(RecipeError, match="another run: readout differ"):
         tune(parse_recipe(fields), tmp_path / "a")
+    assert (tmp_path / "a" / BEST).read_bytes() == before
+
+
+def test_a_finished_run_is_mended_and_said_to_be_finished(recipe_of: Any, cli: Any, tmp_path: Path) -> None:
+    fields = recipe_of(epochs=1)
+    assert cli(fields)[0] == 0
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in (BEST, LATEST)}
+    (tmp_path / "run" / BEST).write_bytes(b"xx")
+    (tmp_path / "run" / LATEST).unlink()
+    code, _, err = cli(fields)
+    assert code == 0
+    assert "finished before" in err
+    assert before == {name: (tmp_path / "run" / name).read_bytes() for name in before}
+
+
+def test_the_same_pictures_by_another_path_are_the_same_run(recipe_of: Any, files: Path, tmp_path: Path) -> None:
+    tune(parse_recipe(recipe_of(WORDS, data=str(files), epochs=2)), tmp_path / "run", stop_after=1)
+    (tmp_path / "link").symlink_to(files)
+    run = tune(parse_recipe(recipe_of(WORDS, data=str(tmp_path / "link"), epochs=2)), tmp_path / "run")
+    assert (run.restored, len(run.history)) == (1, 2)
+
+
+def test_nothing_is_learnt_where_nothing_could_be_kept(
+    recipe_of: Any, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "_step", lambda *_: pytest.fail("a step was made"))
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="can't be written"):
+        tune(parse_recipe(recipe_of()), tmp_path / "file" / "run")
+    spoilt = Path(shutil.copytree(files, tmp_path / "spoilt"))
+    black_mask(spoilt)
+    with pytest.raises(SourceError, match=r"8 of 12 pictures can't be used: .*all black.*; and 3 more"):
+        tune(parse_recipe(recipe_of(WORDS, data=str(spoilt))), tmp_path / "run")
+    with pytest.raises(RecipeError, match="no CUDA device"):
+        tune(parse_recipe(recipe_of()), tmp_path / "run", device="cuda")
+    good = Path(shutil.copytree(files, tmp_path / "few"))
+    for path in [*good.glob("*/*/*.png")]:
+        if path.parent.name not in ("good", WORDS[0]):
+            path.unlink()
+    with pytest.raises(RecipeError):
+        tune(parse_recipe(recipe_of(WORDS, data=str(good))), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
