@@ -20,6 +20,7 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/spine.py --full-size
+	$(BIN)/python benchmarks/metrics.py
 
 table: $(READY)
 	$(BIN)/python benchmarks/surfaces_v1.py

@@ -30,6 +30,7 @@ EXTRAS = {
         "hypothesis>=6.100",
         "scipy>=1.11",
         "scikit-learn>=1.4",
+        "scikit-image>=0.24",
         "ruff>=0.6",
         "mypy>=1.11",
         "types-PyYAML",
