@@ -120,6 +120,9 @@ def _show(found: dict[str, Any], report: Path | None, json_output: bool) -> None
         print_rich(eval_table(found))
     if report:
         say(f"report: {report / 'report.html'}")
+    orphans = found["dataset"]["masks_without_image"]
+    if orphans:
+        say(f"note: {len(orphans)} masks have no image, the first: {orphans[0]}")
     failed = found["failed"]
     if failed:
         raise SourceError(

@@ -79,6 +79,7 @@ def test_the_promises_hold_where_they_were_measured() -> None:
     assert vit["times_faster"]["min"] >= 2
     assert vit["share_outside_encoder"] <= 0.10
     assert measured["memory"]["growth_mb"] <= 20
+    assert all(belt["fps"] >= 60 for belt in measured["belt"].values())
     assert start["import_ms"] <= 150
     assert start["help_ms"] <= 500
     assert start["first_result_without_cache_ms"] <= 2000
@@ -86,3 +87,38 @@ def test_the_promises_hold_where_they_were_measured() -> None:
         assert parity["token_cosine_min"] >= 0.99999
         assert parity["map_difference_max"] <= 1e-3
         assert parity["type_agreement_min"] >= 0.999
+
+
+def test_streaming_metrics_are_as_fast_and_as_right_as_promised() -> None:
+    measured = json.loads((ROOT / "benchmarks/results/amd-epyc-2-cores/metrics.json").read_text())
+    ours, usual, memory = measured["streaming"], measured["usual"], measured["peak_memory_mb"]
+    assert measured["maps"] == {"count": 500, "side_px": 518}
+    assert measured["ratio"] >= 50
+    assert abs(memory["2000"] - memory["200"]) <= 20
+    for name in ("pixel_auroc", "pixel_ap", "pixel_f1_max"):
+        assert ours["metrics"][name] == pytest.approx(usual["metrics"][name], abs=1e-4)
+    assert f"| {ours['seconds']:.1f} s |" in README
+    assert f"| {usual['seconds']:.0f} s, {measured['ratio']:.0f} times as long |" in README
+
+
+def test_the_table_is_that_of_the_results() -> None:
+    from dapo_edge.evaluation.comparison import VARIANTS, claims, markdown
+
+    results = json.loads((ROOT / "benchmarks/results/amd-epyc-2-cores/surfaces-v1.json").read_text())["results"]
+    page = (ROOT / "benchmarks/README.md").read_text()
+    assert set(results) == set(VARIANTS)
+    assert all(set(runs) == {"0", "1", "2"} for runs in results.values())
+    assert markdown(results) in page
+    for claim in claims(results).values():
+        assert (
+            f"| {claim['dapo']:.1f} | {claim['its']:.1f} ({claim['best_baseline']}) | {claim['margin']:+.1f} |" in page
+        )
+
+    def mean(test: str, metric: str) -> float:
+        return float(np.mean([run[test][metric] for run in results["dapo"].values()]))
+
+    assert mean("b", "pixel_auroc") >= 0.95
+    assert mean("b", "aupro") >= 0.85
+    assert mean("b", "image_auroc") >= 0.95
+    assert mean("c", "pixel_auroc") >= 0.90
+    assert mean("c", "type_accuracy") >= 2 / 6

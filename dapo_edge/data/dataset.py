@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dapo_edge.data.pictures import picture_size, read_image, read_mask
+from dapo_edge.data.pictures import IMAGE_EXTENSIONS, picture_size, read_image, read_mask
 from dapo_edge.errors import RecipeError, SourceError, did_you_mean
 from dapo_edge.extras import require
 from dapo_edge.structures import NORMAL, Picture, Truth
@@ -97,6 +97,22 @@ def read_sample(sample: Sample, names: Sequence[str]) -> Picture:
     if not sample.is_good:
         types[_defective(sample, types.shape)] = index
     return Picture(image, Truth(types, tuple(names)))
+
+
+def masks_without_image(samples: Iterable[Sample]) -> list[Path]:
+    """Pictures that lie among the masks of some samples and belong to none: their images got lost."""
+    known: set[Path] = set()
+    folders: set[Path] = set()
+    for sample in samples:
+        known.update(filter(None, (sample.image, sample.mask)))
+        if sample.mask:
+            folders.add(sample.mask.parent)
+    found = (path for folder in folders if folder.is_dir() for path in folder.iterdir())
+    return sorted(
+        path
+        for path in found
+        if path not in known and path.suffix.lower() in IMAGE_EXTENSIONS and not path.name.startswith(".")
+    )
 
 
 def types_at(types: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:

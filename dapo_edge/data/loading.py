@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -36,7 +39,9 @@ class Loader:
     def __init__(self, workers: int = 0) -> None:
         self._workers = workers
         # Spawned: a fork would copy the threads and locks of an inference runtime in the middle of what they do.
-        self._pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) if workers else None
+        self._pool = (
+            ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _leave_with_parent) if workers else None
+        )
 
     def load(self, samples: Sequence[Sample], names: Sequence[str]) -> Iterator[Loaded]:
         """Every sample in order. Types are indices into `names`, which hold every defect of the samples.
@@ -66,6 +71,19 @@ class Loader:
     def __exit__(self, *error: object) -> None:
         if self._pool:
             self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _leave_with_parent() -> None:
+    """Ctrl-C is the parent's to handle; a parent that was killed must not leave readers behind."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _loaded(sample: Sample, names: tuple[str, ...]) -> Loaded:

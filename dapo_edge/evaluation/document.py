@@ -43,6 +43,7 @@ def document(
             "root": str(data.root),
             "categories": list(data.categories),
             "images": sum(map(len, data.categories.values())),
+            "masks_without_image": [str(path) for path in data.masks_without_image],
         },
         "words": words,
         "seconds": seconds,

@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 
 from dapo_edge import __version__
-from dapo_edge.data.dataset import SEVERAL, FileSet, Sample, names_of, types_at
+from dapo_edge.data.dataset import SEVERAL, FileSet, Sample, masks_without_image, names_of, types_at
 from dapo_edge.data.layouts import Layout, layout_of
 from dapo_edge.data.loading import Loaded, Loader
 from dapo_edge.errors import RecipeError
@@ -75,15 +75,18 @@ class DataSet:
     layout: Layout
     root: Path
     categories: Mapping[str, tuple[Sample, ...]]
+    masks_without_image: tuple[Path, ...] = ()
 
     @classmethod
     def read(cls, layout: str, root: Path, categories: Sequence[str] = ()) -> DataSet:
         """Only lists files. Raises `RecipeError` where nothing is there to be tested."""
         kind = layout_of(layout)
-        samples = [sample for sample in kind.read(root, list(categories) or None) if sample.split == "test"]
+        found = kind.read(root, list(categories) or None)
+        samples = [sample for sample in found if sample.split == "test"]
         if not samples:
             raise RecipeError(f"'{root}' holds no test images", "Check its split: only test images are evaluated")
-        return cls(kind, root, {name: tuple(group) for name, group in groupby(samples, lambda s: s.category)})
+        by_category = {name: tuple(group) for name, group in groupby(samples, lambda sample: sample.category)}
+        return cls(kind, root, by_category, tuple(masks_without_image(found)))
 
     def words(self, category: str) -> tuple[str, ...]:
         """The defect types of a category: those of its vocabulary, and what else its images show."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ COLUMNS = (
 LOWER_IS_BETTER = ("image_ece",)
 
 Example = dict[str, Any]
+UseWords = Callable[[str], object]  # takes a category
 
 
 def write_report(
@@ -48,7 +49,7 @@ def write_report(
     subjects: Sequence[Subject],
     results: Sequence[Results],
     data: DataSet,
-    use_words: Any = lambda category: None,
+    use_words: UseWords = lambda category: None,
 ) -> Path:
     """Write the HTML of an evaluation; the subjects, still open, make the pictures of its examples again.
 
@@ -182,7 +183,7 @@ def _unnamed(results: Results) -> str:
 
 
 def _examples(
-    subjects: Sequence[Subject], results: Sequence[Results], data: DataSet, use_words: Any
+    subjects: Sequence[Subject], results: Sequence[Results], data: DataSet, use_words: UseWords
 ) -> list[tuple[str, str, list[Example]]]:
     """The images that say most about where a subject fails."""
     used = [(category, image) for category, image in all_images(results[0]) if image.score is not None]
@@ -201,7 +202,7 @@ def _examples(
 
 
 def _pictured(
-    subjects: Sequence[Subject], images: Sequence[tuple[str, ImageResult]], data: DataSet, use_words: Any
+    subjects: Sequence[Subject], images: Sequence[tuple[str, ImageResult]], data: DataSet, use_words: UseWords
 ) -> list[Example]:
     rows = []
     for category, image in images:

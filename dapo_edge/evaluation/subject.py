@@ -18,7 +18,7 @@ from dapo_edge.backends.host import all_channels
 from dapo_edge.config import DefectType, Recipe, load_recipe, parse_recipe
 from dapo_edge.errors import BackendError, RecipeError
 from dapo_edge.kernels.map_spec import MapSize, MapSpec
-from dapo_edge.package import MANIFEST, EnginePackage, Thresholds
+from dapo_edge.package import SUFFIX, EnginePackage, Thresholds
 from dapo_edge.runtime.decide import decide, find_regions
 from dapo_edge.structures import DefectMap, Inspection, Verdict
 
@@ -55,7 +55,7 @@ class Subject:
         cls, path: Path, *, backend: str = "openvino", precision: str | None = None, map_size: MapSize | None = None
     ) -> Self:
         """Open a package folder, or a recipe file. Raises what opening them raises."""
-        if path.is_dir() or path.name == MANIFEST:
+        if path.is_dir() or path.suffix == SUFFIX:
             return cls._of_package(EnginePackage.open(path), backend, precision, map_size)
         if precision not in (None, "fp32"):
             raise RecipeError(f"a recipe is evaluated in eager torch, fp32, not '{precision}'", "Build a package first")

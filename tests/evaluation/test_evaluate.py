@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +158,20 @@ def test_types_without_a_word_and_images_without_a_mask(tmp_path: Path) -> None:
     assert result.evaluation.types.confusion.sum() == 6
 
 
+def test_a_mask_without_its_image_is_named(tmp_path: Path) -> None:
+    root = write_folder(tmp_path, ("bolt", "nut"))
+    assert DataSet.read("folder", root).masks_without_image == ()
+    (root / "nut/rust/1.png").unlink()
+    lost = root / "nut/masks/rust/1.png"
+    data = DataSet.read("folder", root)
+    assert data.masks_without_image == (lost,)
+    assert DataSet.read("folder", root, ["bolt"]).masks_without_image == ()
+    with subject() as one:
+        found = document([one], evaluate([one], data), data, "own", 1.0)
+    assert found["dataset"]["masks_without_image"] == [str(lost)]
+    assert found["categories"]["nut"]["images"] == 9
+
+
 def test_undefined_is_null(tmp_path: Path) -> None:
     root = write_folder(tmp_path, good=0, bad=2)
     data = DataSet.read("folder", root)
@@ -212,6 +229,30 @@ def test_errors_come_back_from_other_processes() -> None:
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
     with Loader(1) as loader, pytest.raises(DapoEdgeError, match="died"):
         list(loader.load([_Deadly()], ("normal",)))  # type: ignore[list-item]
+
+
+def test_readers_leave_with_a_killed_parent(tmp_path: Path) -> None:
+    root = write_folder(tmp_path)
+    code = (
+        "import os, sys, multiprocessing\n"
+        "from pathlib import Path\n"
+        "from dapo_edge.data.layouts import layout_of\n"
+        "from dapo_edge.data.loading import Loader\n"
+        "if __name__ == '__main__':\n"
+        f"    samples = layout_of('folder').read(Path({str(root)!r}))\n"
+        "    loader = Loader(2)\n"
+        "    list(loader.load(samples, ('normal', 'rust', 'stain')))\n"
+        "    print(*[child.pid for child in multiprocessing.active_children()], flush=True)\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    (tmp_path / "killed.py").write_text(code)
+    done = subprocess.run([sys.executable, str(tmp_path / "killed.py")], capture_output=True, text=True, check=False)
+    children = [int(pid) for pid in done.stdout.split()]
+    assert len(children) == 2, done.stderr
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children):
+        assert time.monotonic() < deadline, "readers are still there"
+        time.sleep(0.05)
 
 
 class _Deadly:
