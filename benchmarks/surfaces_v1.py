@@ -23,7 +23,7 @@ from threadpoolctl import threadpool_limits
 from dapo_edge.config import Stage, TuningPlan
 from dapo_edge.device import this_device
 from dapo_edge.evaluation.comparison import VARIANTS, Comparison, claims, markdown
-from dapo_edge.evaluation.figures import FIVE, draw_ablation, draw_maps, draw_world
+from dapo_edge.evaluation.figures import FIVE, draw_ablation, draw_maps, draw_tuning, draw_world
 from dapo_edge.models.clip import load_clip
 
 HERE = Path(__file__).parent
@@ -75,6 +75,7 @@ def main(
     click.echo(markdown(comparison.results))
     click.echo(claims(comparison.results))
     draw_world(HERE.parent / "docs" / "surfaces.jpg")
+    draw_tuning(comparison.results, out.with_name(f"{out.stem}-tuning.png"))
     draw_ablation(comparison.results, out.with_name(f"{out.stem}-ablation.png"))
     if all(comparison.has_prompts(VARIANTS[name], 0) for name in FIVE):
         draw_maps(comparison, out.with_name(f"{out.stem}-maps.png"))

@@ -18,6 +18,7 @@ from dapo_edge.structures import NORMAL
 # Pictures of the figure: test set and numbers, chosen for different materials and types before any map was seen.
 SHOWN = (("b", (2, 4, 9)), ("c", (3, 6, 11)), ("d", (3, 8)))
 FIVE = ("handcrafted", "two prompts", "adapters only", "dapo - deep visual tokens", "dapo")
+CURVES = ("map_loss", "image_loss", "pixel_auroc", "image_auroc", "aupro")
 BARS = (("b", "pixel_auroc"), ("b", "aupro"), ("b", "image_auroc"), ("c", "pixel_auroc"), ("c", "type_accuracy"))
 
 
@@ -70,6 +71,26 @@ def draw_maps(comparison: Comparison, path: Path) -> None:
         axis.set_title(title, fontsize=8)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
+    _save(figure, path, dpi=90)
+
+
+def draw_tuning(results: Results, path: Path) -> None:
+    """Loss and validation metrics over the epochs of every method that learns, mean over seeds."""
+    figure = _figure(2.6 * len(CURVES), 3.6)
+    panels = figure.subplots(1, len(CURVES))
+    learning = {name: [run["tuning"] for run in runs.values() if "tuning" in run] for name, runs in results.items()}
+    for name, histories in learning.items():
+        if not histories:
+            continue
+        epochs = [epoch["epoch"] for epoch in histories[0]]
+        style = "--" if name in BASELINES else "-"
+        for axis, metric in zip(panels, CURVES, strict=True):
+            values = np.array([[epoch[metric] for epoch in history] for history in histories], np.float64)
+            axis.plot(epochs, values.mean(axis=0), style, marker=".", label=name)
+    for axis, metric in zip(panels, CURVES, strict=True):
+        axis.set(title=metric.replace("_", " "), xlabel="epoch")
+        axis.grid(alpha=0.3)
+    panels[-1].legend(fontsize=6)
     _save(figure, path, dpi=90)
 
 

@@ -12,7 +12,7 @@ from dapo_edge.config import Stage, TuningPlan
 from dapo_edge.data import protocol
 from dapo_edge.errors import RecipeError
 from dapo_edge.evaluation.comparison import TEST_SETS, VARIANTS, Comparison, claims, markdown
-from dapo_edge.evaluation.figures import draw_ablation, draw_world
+from dapo_edge.evaluation.figures import draw_ablation, draw_tuning, draw_world
 from dapo_edge.models.clip import Clip, load_clip
 
 TESTS = 16
@@ -95,6 +95,8 @@ def test_a_comparison_goes_on_and_keeps_what_it_has(tiny: Clip, tmp_path: Path) 
     assert len(results["dapo"]["0"]["tuning"]) == 1
     assert "| two prompts |" in markdown(results)
     assert len(claims(results)) == 3
+    draw_tuning(results, tmp_path / "tuning.png")
+    assert (tmp_path / "tuning.png").stat().st_size > 5000
     draw_ablation(results, tmp_path / "ablation.png")
     assert (tmp_path / "ablation.png").stat().st_size > 5000
     with pytest.raises(RecipeError, match="results of other settings"):
