@@ -98,7 +98,7 @@ def _metric_cells(metrics: dict[str, Any], drift: dict[str, Any]) -> list[str]:
     for name, _ in EVAL_COLUMNS:
         text = "-" if metrics[name] is None else f"{100 * metrics[name]:.1f}"
         difference = drift.get(name)
-        cells.append(text if difference is None else f"{text} ({100 * difference:+.2f})")
+        cells.append(text if difference is None else f"{text} ({round(100 * difference, 2) + 0.0:+.2f})")
     return cells
 
 

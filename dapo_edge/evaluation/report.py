@@ -93,7 +93,7 @@ def signed(share: float | None, metric: str) -> Any:
     """A difference in points, green where it is better and red where it is worse; nothing below the last digit."""
     if share is None:
         return ""
-    points = round(100 * share, 2)
+    points = round(100 * share, 2) + 0.0  # no minus before a zero
     better = (points > 0) != (metric in LOWER_IS_BETTER)
     tone = "" if abs(points) < 0.05 else ("up" if better else "down")
     return require("markupsafe").Markup(f'<span class="{tone}">({points:+.2f})</span>')
