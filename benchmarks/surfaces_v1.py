@@ -1,4 +1,4 @@
-"""The comparison of surfaces-v1, as a table, a JSON and two figures.
+"""The comparison of surfaces-v1, as a table, a JSON and three figures.
 
 python benchmarks/surfaces_v1.py    # three seeds; goes on where it was stopped
 

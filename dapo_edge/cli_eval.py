@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dapo_edge.errors import RecipeError, SourceError
+from dapo_edge.extras import require
+from dapo_edge.files import as_bytes, check_writable, write_atomically
 from dapo_edge.terminal import (
     LAYOUT_NAMES,
     PACKAGE_PATH,
@@ -46,10 +48,10 @@ MOST_WORKERS = 4
     help="Defect words: those of the package, or those of each category (needs the build extra).",
 )
 @click.option("--report", type=click.Path(path_type=Path), help="Folder for report.html, eval.json and what resumes.")
-@click.option("--backend", default="openvino", show_default=True, help="Engine for packages; also: eager.")
-@click.option("--compare-backend", help="Engine for the second package. [as --backend]")
+@click.option("--backend", help="Engine for a package: openvino, or eager. [openvino; a recipe is always eager]")
+@click.option("--compare-backend", help="Engine for the second package. [openvino]")
 @click.option("--precision", type=click.Choice(["fp32", "fp16"]), help="Override the package's precision.")
-@click.option("--compare-precision", type=click.Choice(["fp32", "fp16"]), help="The same for the second package.")
+@click.option("--compare-precision", type=click.Choice(["fp32", "fp16"]), help="The same for the second one. [its own]")
 @map_size_option
 @click.option("--workers", type=click.IntRange(0, 64), help="Processes that read images. [cores - 1, at most 4]")
 @as_json
@@ -61,7 +63,7 @@ def evaluate(
     compare: Path | None,
     words: Any,
     report: Path | None,
-    backend: str,
+    backend: str | None,
     compare_backend: str | None,
     precision: str | None,
     compare_precision: str | None,
@@ -77,6 +79,10 @@ def evaluate(
 
     if not compare and (compare_backend or compare_precision):
         raise RecipeError("--compare-backend and --compare-precision need a second package", "Name it with --compare")
+    if report:
+        for package in ("jinja2", "matplotlib"):
+            require(package)  # missing it after hours would cost the report
+        check_writable(report)
     data, size = DataSet.read(dataset, root, categories), parse_map_size(map_size)
     if workers is None:
         workers = min(MOST_WORKERS, max(1, (os.cpu_count() or 2) - 1))
@@ -84,9 +90,7 @@ def evaluate(
     with ExitStack() as stack, progress_bar() as progress, stop_on_signals(interrupt):
         subjects = [stack.enter_context(Subject.open(subject, backend=backend, precision=precision, map_size=size))]
         if compare:
-            other = Subject.open(
-                compare, backend=compare_backend or backend, precision=compare_precision or precision, map_size=size
-            )
+            other = Subject.open(compare, backend=compare_backend, precision=compare_precision, map_size=size)
             subjects.append(stack.enter_context(other))
         results = measure(subjects, data, words=words, workers=workers, folder=report, on_progress=progress)
         found = document(subjects, results, data, words, time.monotonic() - started)
@@ -97,16 +101,14 @@ def evaluate(
 
 
 def _write(folder: Path, found: dict[str, Any], subjects: list[Subject], results: Any, data: DataSet) -> None:
-    import json
-
+    from dapo_edge.evaluation.evaluate import words_of
     from dapo_edge.evaluation.report import DOCUMENT, REPORT, write_report
-    from dapo_edge.files import write_atomically
 
-    write_atomically(folder / DOCUMENT, (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
+    write_atomically(folder / DOCUMENT, as_bytes(found))
 
     def use_words(category: str) -> None:
         for subject in subjects:
-            subject.use_words(data.words(category) if found["words"] == "dataset" else None)
+            subject.use_words(words_of(data, category, found["words"]))
 
     write_report(folder / REPORT, found, subjects, results, data, use_words)
 
@@ -122,10 +124,10 @@ def _show(found: dict[str, Any], report: Path | None, json_output: bool) -> None
         say(f"report: {report / 'report.html'}")
     orphans = found["dataset"]["masks_without_image"]
     if orphans:
-        say(f"note: {len(orphans)} masks have no image, the first: {orphans[0]}")
+        say(f"note: masks without an image: {len(orphans)}, the first is {orphans[0]}")
     failed = found["failed"]
     if failed:
         raise SourceError(
-            f"{len(failed)} of {found['dataset']['images']} images could not be used, the first: {failed[0]['reason']}",
+            f"{len(failed)} of {found['dataset']['images']} images can't be used, the first: {failed[0]['reason']}",
             "All others were evaluated; --json and the report name every one",
         )

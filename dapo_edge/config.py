@@ -65,6 +65,14 @@ def _checked_words(text: str) -> str:
     return text
 
 
+def check_words(text: str) -> None:
+    """Raise `RecipeError` for what can't be the name of a defect type."""
+    try:
+        _checked_words(text)
+    except ValueError as error:
+        raise RecipeError(f"{text!r} can't be a defect word: {error}", "Rename the folder or label") from error
+
+
 class DefectType(Section):
     """One defect type: the name that results carry and the words that the text encoder reads."""
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from pathlib import Path
+from typing import Any
 
 from dapo_edge.errors import OutputError
 
@@ -23,6 +25,11 @@ def write_atomically(path: Path, content: bytes) -> Path:
     except OSError as error:
         raise OutputError.refused(path, error) from error
     return path
+
+
+def as_bytes(content: Any) -> bytes:
+    """A JSON document; names that are no text, as file names may be, stand in it as escapes."""
+    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 def check_writable(folder: Path) -> None:

@@ -84,10 +84,12 @@ def eval_table(result: dict[str, Any]) -> Group:
     ]
     if compare:
         other, flips = compare["subject"], compare["flips"]
+        count = len(flips["images"])
+        differing = "no verdicts to compare" if flips["share"] is None else f"{count} verdicts differ"
         lines.append(
             Text(
                 f"in brackets: {other['name']}, {other['backend']} {other['precision']}; "
-                f"{len(flips['images'])} verdicts differ, scores by at most {flips['score_difference_max'] or 0:.2g}"
+                f"{differing}, scores differ by at most {flips['score_difference_max'] or 0:.2g}"
             )
         )
     return Group(*lines)

@@ -142,7 +142,7 @@ def progress_bar() -> Iterator[Any]:
         yield line
         return
     columns = (
-        TextColumn("{task.description:28}"),
+        TextColumn("{task.description:28}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

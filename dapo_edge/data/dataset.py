@@ -58,8 +58,11 @@ class FileSet:
         digest = hashlib.sha256(repr(self.names).encode())
         for sample in self.samples:
             for path in filter(None, (sample.image, sample.mask)):
-                status = path.stat() if path.exists() else None
-                known = (status.st_size, status.st_mtime_ns) if status else None
+                try:
+                    status = path.stat()
+                    known = (status.st_size, status.st_mtime_ns)
+                except OSError:
+                    known = None  # reading it says why
                 digest.update(repr((path.name, sample.category, sample.defect, known)).encode())
         return digest.hexdigest()
 
@@ -105,7 +108,7 @@ def masks_without_image(samples: Iterable[Sample]) -> list[Path]:
     folders: set[Path] = set()
     for sample in samples:
         known.update(filter(None, (sample.image, sample.mask)))
-        if sample.mask:
+        if sample.mask and sample.mask.parent != sample.image.parent:
             folders.add(sample.mask.parent)
     found = (path for folder in folders if folder.is_dir() for path in folder.iterdir())
     return sorted(
@@ -116,14 +119,19 @@ def masks_without_image(samples: Iterable[Sample]) -> list[Path]:
 
 
 def types_at(types: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    """True types [H, W] at (width, height), from the nearest pixel; a speck between two sampled pixels keeps those
-    that it touches, so that no type gets lost."""
+    """True types [H, W] at (width, height), from the nearest pixel. A type all of whose specks fall between the sampled
+    pixels keeps those that it touches; specks beside a larger region of their type may get lost (`count_regions`)."""
     cv2, (width, height) = require("cv2"), size
     found: NDArray[np.uint8] = cv2.resize(types, size, interpolation=cv2.INTER_NEAREST_EXACT)
     for kind in set(np.unique(types).tolist()) - set(np.unique(found).tolist()):
         rows, columns = np.nonzero(types == kind)
         found[rows * height // types.shape[0], columns * width // types.shape[1]] = kind
     return found
+
+
+def count_regions(types: NDArray[np.uint8]) -> int:
+    """Number of 8-connected regions that are not good."""
+    return int(require("cv2").connectedComponents((types > 0).view(np.uint8), connectivity=8)[0]) - 1
 
 
 def check_samples(samples: Sequence[Sample]) -> None:
@@ -195,7 +203,11 @@ def _defective(sample: Sample, shape: tuple[int, ...]) -> NDArray[np.bool_]:
 
 
 def _check_there(sample: Sample) -> None:
-    if sample.mask and not sample.mask.exists():
+    try:
+        is_there = sample.mask is None or sample.mask.exists()
+    except OSError as error:
+        raise SourceError(f"the mask '{sample.mask}' can't be read ({error.strerror})", "Check the path") from error
+    if not is_there:
         raise SourceError(
             f"the mask '{sample.mask}' of '{sample.image}' does not exist",
             "Save it there, as PNG whose defective pixels are white, or leave the image out",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from dapo_edge.structures import NORMAL
 
 GOOD, MASKS, TABLE = "good", "masks", "images.csv"
 SPLITS: tuple[SplitName, ...] = ("train", "test")
+TABLE_COLUMNS = {"image", "mask", "type", "category", "split"}
 REAL_IAD_IMAGES = ("realiad_1024", "realiad_512", "realiad_256", "realiad_raw")  # the first one that is there
 REAL_IAD_SPLITS = ("realiad_jsons", "realiad_jsons/realiad_jsons")
 REAL_IAD_GOOD = "OK"
@@ -138,7 +140,7 @@ def _samples_in(kind: Path, masks: Path | None, layout: Layout, category: str, s
 def _mask_of(image: Path, folder: Path, endings: Sequence[str]) -> Path:
     """Where the mask lies, or should lie: reading the sample says when it is not there."""
     places = [folder / f"{image.stem}{ending}.png" for ending in endings]
-    return next((place for place in places if place.exists()), places[0])
+    return next((place for place in places if os.path.exists(place)), places[0])  # noqa: PTH110 (knows no errors)
 
 
 def _read_visa(root: Path, layout: Layout, categories: Categories) -> Iterator[Sample]:
@@ -177,7 +179,7 @@ def _read_real_iad(root: Path, layout: Layout, categories: Categories) -> Iterat
         path = there[category]
         content = _json(path)
         for split in SPLITS:
-            for entry in content.get(split, []):
+            for entry in content.get(split) or []:
                 yield _real_iad_sample(images[0] / category, entry, layout, category, split, path)
 
 
@@ -199,30 +201,46 @@ def _read_table(root: Path, layout: Layout, categories: Categories) -> Iterator[
     """A table of one's own; paths are relative to its folder, or absolute. Only `image` is asked of every row."""
     path = root if root.is_file() else root / TABLE
     rows = _csv(path, "image")
+    unknown = {name for name in rows[0] if isinstance(name, str)} - TABLE_COLUMNS if rows else set()
+    for name in sorted(unknown):
+        hint = did_you_mean(name, TABLE_COLUMNS, cutoff=0.6)
+        if hint:  # other columns are somebody's own business; a misspelt one would be left out in silence
+            raise RecipeError(f"'{path}' has the unknown column '{name}'", f"{hint}Or give it quite another name")
     for number, row in enumerate(rows, start=2):
+        row.update({column: (cell or "").strip() for column, cell in row.items() if isinstance(column, str)})
         if not row["image"]:
             raise RecipeError(f"line {number} of '{path}' names no image", "Fill it in, or delete the line")
+        if row.get("mask") and not row.get("type"):
+            raise RecipeError(
+                f"line {number} of '{path}' has a mask and no type",
+                "Say what the image shows in the column type: 'good', or the defect, for example 'defect'",
+            )
         row["category"] = row.get("category") or path.resolve().parent.name
         row["split"] = row.get("split") or "test"
     for category in layout.chosen(root, {row["category"] for row in rows}, categories):
         for row in rows:
             if row["category"] == category:
-                label = row.get("type") or NORMAL
-                defect = NORMAL if label == GOOD else layout.type_of(label)
+                label = row.get("type") or GOOD
+                defect = NORMAL if label.lower() in (GOOD, NORMAL, "ok") else layout.type_of(label)
                 mask = path.parent / row["mask"] if row.get("mask") and defect != NORMAL else None
                 yield Sample(path.parent / row["image"], mask, category, defect, _split(row, path))
 
 
 def _folders(path: Path) -> list[Path]:
     """Visible folders directly inside a folder; none where that is not there."""
-    if not path.is_dir():
-        return []
-    return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    return [entry for entry in _entries(path) if entry.is_dir()] if path.is_dir() else []
 
 
 def _images(path: Path) -> list[Path]:
-    found = (entry for entry in path.iterdir() if entry.suffix.lower() in IMAGE_EXTENSIONS)
-    return sorted(entry for entry in found if not entry.name.startswith("."))
+    return [entry for entry in _entries(path) if entry.suffix.lower() in IMAGE_EXTENSIONS]
+
+
+def _entries(path: Path) -> list[Path]:
+    """What is visible in a folder, sorted."""
+    try:
+        return sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+    except OSError as error:
+        raise RecipeError(f"'{path}' can't be read ({error.strerror})", "Check its permissions") from error
 
 
 def _without_number(name: str) -> str:
@@ -248,15 +266,22 @@ def _split(row: Mapping[str, str], path: Path) -> SplitName:
 def _csv(path: Path, *columns: str) -> list[dict[str, str]]:
     """The rows of a CSV file that has these columns. A cell that is not there is empty."""
     try:
+        if path.exists() and not path.is_file():
+            raise RecipeError(f"'{path}' is not a file", "Give a table as CSV")
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, restval="")
+            if reader.fieldnames:
+                reader.fieldnames = [name.strip().lower() for name in reader.fieldnames]
             rows = list(reader)
             missing = set(columns) - set(reader.fieldnames or ())
-    except (OSError, UnicodeError, csv.Error) as error:
+    except UnicodeError as error:
+        raise RecipeError(f"'{path}' can't be read: it is not UTF-8", "Save it with that encoding") from error
+    except (OSError, csv.Error) as error:
         raise _unreadable(path, error) from error
     if missing:
         raise RecipeError(
-            f"'{path}' lacks the column {', '.join(sorted(missing))}", f"Its first line should name {','.join(columns)}"
+            f"'{path}' lacks the column {', '.join(sorted(missing))}",
+            f"Its first line should name {','.join(columns)}, separated by commas",
         )
     return rows
 
@@ -266,7 +291,7 @@ def _json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(path, error) from error
-    if not isinstance(content, dict) or not any(split in content for split in SPLITS):
+    if not isinstance(content, dict) or not any(isinstance(content.get(split), list) for split in SPLITS):
         raise RecipeError(f"'{path}' has neither a train nor a test list", "Restore the file from the data set")
     return content
 

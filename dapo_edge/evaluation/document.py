@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +31,7 @@ def document(
 
     Metrics are fractions, None where one is undefined; `mean` is over the categories in which a metric is defined.
     """
+    decides = [subject.decides for subject in subjects]
     first = _results_json(subjects[0], results[0])
     found = {
         "schema": SCHEMA,
@@ -46,12 +46,17 @@ def document(
             "masks_without_image": [str(path) for path in data.masks_without_image],
         },
         "words": words,
+        "decides": decides,
         "seconds": seconds,
         **first,
     }
     if len(subjects) > 1:
         second = _results_json(subjects[1], results[1])
-        found["compare"] = {**second, "drift": drift(first, second), "flips": flips(*results)}
+        found["compare"] = {
+            **second,
+            "drift": drift(first, second),
+            "flips": flips(results[0], results[1], all(decides)),
+        }
     return found
 
 
@@ -59,9 +64,9 @@ def _results_json(subject: Subject, results: Results) -> dict[str, Any]:
     categories = {name: category_json(result) for name, result in results.items()}
     return {
         "subject": subject.as_json(),
-        "mean": _mean([category["metrics"] for category in categories.values()]),
+        "mean": _mean(list(categories.values())),
         "verdicts": _verdicts([image for _, image in all_images(results)]),
-        "categories": {name: {**category.pop("metrics"), **category} for name, category in categories.items()},
+        "categories": categories,
         "failed": [
             {"category": category, "image": image.image, "reason": image.error}
             for category, image in all_images(results)
@@ -72,32 +77,32 @@ def _results_json(subject: Subject, results: Results) -> dict[str, Any]:
 
 def category_json(result: CategoryResult) -> dict[str, Any]:
     """Metrics of one category, and what lies behind them."""
-    types = result.evaluation.types
     return {
-        "metrics": result.evaluation.summary().as_json(),
+        **result.metrics,
         "verdicts": _verdicts(result.images),
-        "types": {
-            name: {
-                "pixel_auroc": _number(curve.auroc()),
-                "pixel_ap": _number(curve.average_precision()),
-                "pixel_f1_max": _number(curve.f1_max()),
-            }
-            for name, curve in types.curves().items()
-        },
-        "words": list(types.names[1:]),
-        "confusion": types.confusion.tolist(),  # [true word][predicted word], regions
+        "types": result.types,
+        "words": list(result.words),
+        "confusion": result.confusion,  # [true word][given word], regions
         "unnamed": result.unnamed,
         "unmasked": result.unmasked,
+        "regions": result.regions,
+        "regions_lost": result.regions_lost,
         "failed": len(result.failed),
         "seconds": result.seconds,
+        "date": result.date,
+        "device": result.device,
+        "restored": result.restored,
     }
 
 
+def mean_of(values: Iterable[float | None]) -> float | None:
+    """Mean of what is defined; None where nothing is."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
 def _mean(categories: Sequence[Metrics]) -> Metrics:
-    found: Metrics = {}
-    for name in METRICS:
-        known = [metrics[name] for metrics in categories if metrics[name] is not None]
-        found[name] = sum(known) / len(known) if known else None
+    found: Metrics = {name: mean_of(metrics[name] for metrics in categories) for name in METRICS}
     return {**found, **{name: sum(metrics[name] for metrics in categories) for name in COUNTS}}
 
 
@@ -111,24 +116,33 @@ def _verdicts(images: Sequence[ImageResult]) -> dict[str, dict[str, int]]:
 
 
 def drift(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Second minus first: of every metric's mean, and of each category; None where one of them is undefined."""
+    """Second minus first, metric by metric and category by category; None where one of them is undefined.
 
-    def difference(a: Metrics, b: Metrics) -> Metrics:
-        return {name: None if a[name] is None or b[name] is None else b[name] - a[name] for name in METRICS}
-
+    `mean` is that of the categories in which both are defined, so it may differ from the difference of the means.
+    """
+    categories = {
+        category: {
+            name: None if metrics[name] is None or other[name] is None else other[name] - metrics[name]
+            for name in METRICS
+        }
+        for (category, metrics), other in zip(first["categories"].items(), second["categories"].values(), strict=True)
+    }
     return {
-        "mean": difference(first["mean"], second["mean"]),
-        "categories": {
-            name: difference(first["categories"][name], second["categories"][name]) for name in first["categories"]
-        },
+        "mean": {name: mean_of(differences[name] for differences in categories.values()) for name in METRICS},
+        "categories": categories,
     }
 
 
-def flips(first: Results, second: Results) -> dict[str, Any]:
-    """Images with another verdict, the largest difference of scores first, and how far scores differ at all."""
+def flips(first: Results, second: Results, both_decide: bool) -> dict[str, Any]:
+    """Images with another verdict, the largest difference of scores first, and how far scores differ at all.
+
+    `share` is None where a subject has no thresholds for its words: then every verdict of it is `unsure`.
+    """
     pairs = [(c, a, b) for (c, a), (_, b) in zip(all_images(first), all_images(second), strict=True)]
     used = [(c, a, b, abs(a.score - b.score)) for c, a, b in pairs if a.score is not None and b.score is not None]
-    flipped = sorted((pair for pair in used if pair[1].verdict != pair[2].verdict), key=lambda pair: -pair[3])
+    flipped = sorted(
+        (pair for pair in used if both_decide and pair[1].verdict != pair[2].verdict), key=lambda pair: -pair[3]
+    )
     differences = [pair[3] for pair in used]
     return {
         "images": [
@@ -141,11 +155,7 @@ def flips(first: Results, second: Results) -> dict[str, Any]:
             }
             for category, a, b, _ in flipped
         ],
-        "share": len(flipped) / len(used) if used else None,
+        "share": len(flipped) / len(used) if used and both_decide else None,
         "score_difference_mean": sum(differences) / len(used) if used else None,
         "score_difference_max": max(differences, default=None),
     }
-
-
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else value

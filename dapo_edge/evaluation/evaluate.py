@@ -6,9 +6,10 @@ package is evaluated on the device that runs it.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
-import io
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,18 +17,21 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from dapo_edge import __version__
-from dapo_edge.data.dataset import SEVERAL, FileSet, Sample, masks_without_image, names_of, types_at
+from dapo_edge.config import check_words
+from dapo_edge.data.dataset import SEVERAL, FileSet, Sample, count_regions, masks_without_image, names_of, types_at
 from dapo_edge.data.layouts import Layout, layout_of
 from dapo_edge.data.loading import Loaded, Loader
+from dapo_edge.device import this_device
 from dapo_edge.errors import RecipeError
+from dapo_edge.evaluation.histograms import Curve, FloatArray, thinned
 from dapo_edge.evaluation.metrics import Evaluation
 from dapo_edge.evaluation.subject import Subject
-from dapo_edge.files import write_atomically
+from dapo_edge.files import as_bytes, write_atomically
 from dapo_edge.structures import NORMAL
 
 Words = Literal["own", "dataset"]
@@ -52,20 +56,103 @@ class ImageResult:
         return self.defect == NORMAL
 
 
-@dataclass(eq=False)
-class CategoryResult:
-    """One category, by one subject."""
+@dataclass(frozen=True)
+class Line:
+    """A curve as it is drawn."""
 
-    evaluation: Evaluation
-    images: list[ImageResult] = field(default_factory=list)
-    unnamed: dict[str, int] = field(default_factory=dict)  # images by defect that the bank has no word for
-    unmasked: int = 0  # defective images without a mask: they count in image metrics only
-    seconds: float = 0.0
+    x: list[float]
+    y: list[float]
+    area: float | None  # AUROC, or average precision; None and no points where it is undefined
+
+
+@dataclass(frozen=True)
+class CategoryResult:
+    """One category, by one subject. Small: what was counted pixel by pixel is gone."""
+
+    words: tuple[str, ...]  # defect types that the map has channels for
+    metrics: dict[str, float | int | None]  # as `metrics.Summary`
+    types: dict[str, dict[str, float | None]]  # pixel metrics of every type that occurs
+    confusion: list[list[int]]  # [true word][given word], regions
+    curves: dict[str, Line]  # image_roc, image_pr, pixel_roc, pixel_pr
+    images: list[ImageResult]
+    unnamed: dict[str, int]  # images by defect that there is no word for
+    unmasked: int  # defective images without a mask: they count in image metrics only
+    regions: int  # true ones, at the map's size
+    regions_lost: int  # true ones that fell between the map's pixels
+    seconds: float
+    date: str
+    device: str
+    restored: bool = False  # from an earlier, stopped evaluation
 
     @property
     def failed(self) -> list[ImageResult]:
         """Images that could not be used."""
         return [result for result in self.images if result.error]
+
+    @classmethod
+    def of_json(cls, content: dict[str, Any]) -> CategoryResult:
+        """What `asdict` made of it."""
+        content["words"] = tuple(content["words"])
+        content["images"] = [ImageResult(**image) for image in content["images"]]
+        content["curves"] = {name: Line(**line) for name, line in content["curves"].items()}
+        return cls(**content)
+
+
+@dataclass(eq=False)
+class _Count:
+    """A category while it is being evaluated."""
+
+    evaluation: Evaluation
+    images: list[ImageResult] = field(default_factory=list)
+    unnamed: dict[str, int] = field(default_factory=dict)
+    unmasked: int = 0
+    regions_lost: int = 0
+    seconds: float = 0.0
+
+    def result(self) -> CategoryResult:
+        """All of it, counted."""
+        evaluation = self.evaluation
+        image, pixel = evaluation.images.curve(), evaluation.pixels.curve()
+        return CategoryResult(
+            words=evaluation.types.names[1:],
+            metrics=evaluation.summary().as_json(),
+            types={
+                name: {
+                    "pixel_auroc": number(curve.auroc()),
+                    "pixel_ap": number(curve.average_precision()),
+                    "pixel_f1_max": number(curve.f1_max()),
+                }
+                for name, curve in evaluation.types.curves().items()
+            },
+            confusion=evaluation.types.confusion.tolist(),
+            curves={"image_roc": _roc(image), "image_pr": _pr(image), "pixel_roc": _roc(pixel), "pixel_pr": _pr(pixel)},
+            images=self.images,
+            unnamed=self.unnamed,
+            unmasked=self.unmasked,
+            regions=evaluation.pixels.regions,
+            regions_lost=self.regions_lost,
+            seconds=self.seconds,
+            date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            device=this_device().line(),
+        )
+
+
+def number(value: float) -> float | None:
+    """For JSON, which knows no NaN."""
+    return None if math.isnan(value) else value
+
+
+def _roc(curve: Curve) -> Line:
+    return _line(*curve.rates(), curve.auroc()) if curve.defined else Line([], [], None)
+
+
+def _pr(curve: Curve) -> Line:
+    return _line(*curve.precision_recall(), curve.average_precision()) if curve.defined else Line([], [], None)
+
+
+def _line(x: FloatArray, y: FloatArray, area: float) -> Line:
+    x, y = thinned(x, y)
+    return Line(x.tolist(), y.tolist(), area)
 
 
 @dataclass(frozen=True)
@@ -86,7 +173,7 @@ class DataSet:
         if not samples:
             raise RecipeError(f"'{root}' holds no test images", "Check its split: only test images are evaluated")
         by_category = {name: tuple(group) for name, group in groupby(samples, lambda sample: sample.category)}
-        return cls(kind, root, by_category, tuple(masks_without_image(found)))
+        return cls(kind, root, by_category, () if kind.may_be_file else tuple(masks_without_image(found)))
 
     def words(self, category: str) -> tuple[str, ...]:
         """The defect types of a category: those of its vocabulary, and what else its images show."""
@@ -110,10 +197,11 @@ def evaluate(
     """
     results: list[dict[str, CategoryResult]] = [{} for _ in subjects]
     total, done = sum(map(len, data.categories.values())), 0
+    chosen = {category: words_of(data, category, words) for category in data.categories}
     with Loader(workers) as loader:
         for category, samples in data.categories.items():
             for subject in subjects:
-                subject.use_words(_words_of(data, category) if words == "dataset" else None)
+                subject.use_words(chosen[category])
             progress = partial(_advance, on_progress, f"evaluating {category}"[:28], done, total)
             for mine, result in zip(results, _category(subjects, samples, loader, folder, progress), strict=True):
                 mine[category] = result
@@ -121,17 +209,22 @@ def evaluate(
     return results
 
 
-def _advance(on_progress: Progress, step: str, before: int, total: int, count: int) -> None:
-    on_progress(step, before + count, total)
-
-
-def _words_of(data: DataSet, category: str) -> tuple[str, ...]:
-    words = data.words(category)
-    if not words:
+def words_of(data: DataSet, category: str, words: Words) -> tuple[str, ...] | None:
+    """What a category is compared with; None means the subject's own words. Raises `RecipeError` for none."""
+    if words == "own":
+        return None
+    found = data.words(category)
+    if not found:
         raise RecipeError(
             f"no defect type is known for the category '{category}'", "Leave it out, or use the package's own words"
         )
-    return words
+    for word in found:
+        check_words(word)
+    return found
+
+
+def _advance(on_progress: Progress, step: str, before: int, total: int, count: int) -> None:
+    on_progress(step, before + count, total)
 
 
 def _category(
@@ -143,7 +236,7 @@ def _category(
 ) -> list[CategoryResult]:
     """One category: kept results where there are any, the others made and kept."""
     places = [_place(folder, subject, samples) for subject in subjects]
-    results = {n: _restored(place, subjects[n]) for n, place in enumerate(places)}
+    results = {n: _restored(place) for n, place in enumerate(places)}
     missing = [number for number, result in results.items() if result is None]
     if missing:
         fresh = _evaluated([subjects[number] for number in missing], samples, loader, on_image)
@@ -156,36 +249,36 @@ def _category(
 def _evaluated(
     subjects: Sequence[Subject], samples: Sequence[Sample], loader: Loader, on_image: Callable[[int], None]
 ) -> list[CategoryResult]:
-    results = [CategoryResult(Evaluation(subject.names)) for subject in subjects]
+    counts = [_Count(Evaluation(subject.names)) for subject in subjects]
     names = (NORMAL, *names_of(samples)[1:])
-    for number, loaded in enumerate(loader.load(samples, names)):
-        on_image(number)
-        for subject, result in zip(subjects, results, strict=True):
+    for number_of, loaded in enumerate(loader.load(samples, names)):
+        on_image(number_of)
+        for subject, count in zip(subjects, counts, strict=True):
             started = time.perf_counter()
-            result.images.append(_count(subject, result, loaded, names))
-            result.seconds += time.perf_counter() - started
+            count.images.append(_add(subject, count, loaded, names))
+            count.seconds += time.perf_counter() - started
     on_image(len(samples))
-    return results
+    return [count.result() for count in counts]
 
 
-def _count(subject: Subject, result: CategoryResult, loaded: Loaded, names: Sequence[str]) -> ImageResult:
+def _add(subject: Subject, count: _Count, loaded: Loaded, names: Sequence[str]) -> ImageResult:
     sample = loaded.sample
     if loaded.image is None:
         return ImageResult(str(sample.image), sample.defect, error=str(loaded.error))
     batch = subject.infer(loaded.image)
     anomaly, score = batch.anomaly[0], float(batch.image_scores[0])
-    truth = None
-    if loaded.types is not None:
-        truth = types_at(loaded.types, (anomaly.shape[1], anomaly.shape[0]))
-    if truth is None:
-        result.unmasked += 1
-        result.evaluation.add_untyped(anomaly, score, None)
-    elif sample.is_good or sample.defect in subject.names:
-        own = np.array([subject.names.index(name) if name in subject.names else 0 for name in names], np.uint8)
-        result.evaluation.add(subject.channels(batch), score, own[truth])
+    if loaded.types is None:
+        count.unmasked += 1
+        count.evaluation.add_untyped(anomaly, score, None)
     else:
-        result.unnamed[sample.defect] = result.unnamed.get(sample.defect, 0) + 1
-        result.evaluation.add_untyped(anomaly, score, truth > 0)
+        truth = types_at(loaded.types, (anomaly.shape[1], anomaly.shape[0]))
+        count.regions_lost += max(0, count_regions(loaded.types) - count_regions(truth))
+        if sample.is_good or sample.defect in subject.names:
+            own = np.array([subject.names.index(name) if name in subject.names else 0 for name in names], np.uint8)
+            count.evaluation.add(subject.channels(batch), score, own[truth])
+        else:
+            count.unnamed[sample.defect] = count.unnamed.get(sample.defect, 0) + 1
+            count.evaluation.add_untyped(anomaly, score, truth > 0)
     return ImageResult(str(sample.image), sample.defect, score, float(anomaly.max()), subject.verdict(batch))
 
 
@@ -197,37 +290,21 @@ def _place(folder: Path | None, subject: Subject, samples: Sequence[Sample]) -> 
     pictures = FileSet(tuple(samples), names_of(samples)).identity
     parts = (subject.identity, pictures, listed, __version__)
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-    return folder / STATE / f"{re.sub('[^A-Za-z0-9_-]', '_', samples[0].category)[:80]}-{key}.npz"
+    return folder / STATE / f"{re.sub('[^A-Za-z0-9_-]', '_', samples[0].category)[:80]}-{key}.json"
 
 
 def _keep(place: Path | None, result: CategoryResult) -> None:
-    if place is None:
-        return
-    rest = {
-        "images": [asdict(image) for image in result.images],
-        "unnamed": result.unnamed,
-        "unmasked": result.unmasked,
-        "seconds": result.seconds,
-    }
-    buffer = io.BytesIO()
-    text = np.frombuffer(json.dumps(rest).encode(), np.uint8)
-    np.savez_compressed(buffer, rest=text, **result.evaluation.state())  # type: ignore[arg-type]
-    write_atomically(place, buffer.getvalue())
+    if place is not None and not result.failed:  # what failed may be mended, and is worth another try
+        write_atomically(place, as_bytes(asdict(result)))
 
 
-def _restored(place: Path | None, subject: Subject) -> CategoryResult | None:
+def _restored(place: Path | None) -> CategoryResult | None:
     """A kept result; one that is damaged is made again."""
     if place is None or not place.exists():
         return None
     try:
-        with np.load(io.BytesIO(place.read_bytes()), allow_pickle=False) as arrays:
-            rest = json.loads(arrays["rest"].tobytes())
-            evaluation = Evaluation.of_state(subject.names, arrays)
-        images = [ImageResult(**image) for image in rest.pop("images")]
-        return CategoryResult(evaluation, images, **rest)
-    except MemoryError:
-        raise
-    except Exception:  # a damaged archive fails in any way it likes
+        return CategoryResult.of_json({**json.loads(place.read_bytes()), "restored": True})
+    except (ValueError, TypeError, KeyError, AttributeError):
         return None
 
 

@@ -71,6 +71,15 @@ class Curve:
         return true, true + np.cumsum(self.negatives)
 
 
+def thinned(x: FloatArray, y: FloatArray, points: int = 300) -> tuple[FloatArray, FloatArray]:
+    """At most so many points of a curve, spread over its length as it is seen: pixels have 100,000 thresholds."""
+    if len(x) <= points:
+        return x, y
+    way = np.concatenate([[0.0], np.cumsum(np.hypot(np.diff(x), np.diff(y)))])
+    chosen = np.unique(np.searchsorted(way, np.linspace(0, way[-1], points)).clip(0, len(x) - 1))
+    return x[chosen], y[chosen]
+
+
 class Histogram:
     """Counts of negatives (row 0) and positives (row 1) per bin, [2, bins]."""
 

@@ -6,7 +6,7 @@ The two usual costs are gone: AUPRO doesn't walk through every map once per thre
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -187,7 +187,7 @@ class TypeMetrics:
 
 
 class Evaluation:
-    """All metrics of one category. Halves of it may be counted in two processes and merged."""
+    """All metrics of one category. Two halves, counted apart and merged, are the whole."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.pixels = PixelMetrics()
@@ -213,36 +213,6 @@ class Evaluation:
         if mask is not None:
             self.pixels.add(anomaly, mask)
         self.images.add(image_score, mask is None or bool(mask.any()))
-
-    def state(self) -> dict[str, NDArray[Any]]:
-        """Everything counted so far, as arrays that can be stored."""
-        return {
-            "pixels": self.pixels._histogram.counts,
-            "overlap": self.pixels._overlap,
-            "regions": np.asarray(self.pixels.regions, np.int64),
-            "types": np.stack([histogram.counts for histogram in self.types._histograms]),
-            "confusion": self.types.confusion,
-            "scores": np.asarray(self.images.scores, np.float64),
-            "defective": np.asarray(self.images.defective, bool),
-        }
-
-    @classmethod
-    def of_state(cls, names: Sequence[str], state: Mapping[str, NDArray[Any]]) -> Evaluation:
-        """What `state` came from. Raises `ValueError` where the arrays are not of such an evaluation."""
-        found, empty = cls(names), cls(names).state()
-        for name, array in empty.items():
-            is_list = name in ("scores", "defective")
-            if state[name].dtype != array.dtype or (not is_list and state[name].shape != array.shape):
-                raise ValueError(f"{name} is {state[name].dtype} {state[name].shape}")
-        found.pixels._histogram.counts[...] = state["pixels"]
-        found.pixels._overlap[...] = state["overlap"]
-        found.pixels.regions = int(state["regions"])
-        for histogram, counts in zip(found.types._histograms, state["types"], strict=True):
-            histogram.counts[...] = counts
-        found.types.confusion[...] = state["confusion"]
-        found.images.scores = state["scores"].tolist()
-        found.images.defective = state["defective"].tolist()
-        return found
 
     def merge(self, other: Evaluation) -> None:
         """Count all that `other` counted, too."""

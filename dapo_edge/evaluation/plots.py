@@ -9,23 +9,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dapo_edge.evaluation.histograms import Curve
+from dapo_edge.evaluation.evaluate import Line
 from dapo_edge.extras import require
 
-POINTS = 300  # of a curve: more can't be seen, and pixels have a hundred thousand thresholds
 NAMED = 10  # curves that get a colour and a name; more could not be told apart
 GOOD, BAD, THRESHOLD = "#1b7f4b", "#b3261e", "#1c2530"
 
 
-def curve_plot(title: str, curves: Mapping[str, Curve], kind: str) -> str:
+def curve_plot(title: str, curves: Mapping[str, Line], kind: str) -> str:
     """ROC or precision over recall ("pr") of every category in which it is defined."""
     figure, axes = _figure()
-    known = {name: curve for name, curve in curves.items() if curve.defined}
-    for name, curve in known.items():
-        x, y = _thinned(*(curve.rates() if kind == "roc" else curve.precision_recall()))
-        label = f"{name} ({100 * (curve.auroc() if kind == 'roc' else curve.average_precision()):.1f})"
-        named = len(known) <= NAMED
-        axes.plot(x, y, linewidth=1.3, label=label if named else None, color=None if named else "#5b6876", alpha=0.9)
+    known = {name: line for name, line in curves.items() if line.area is not None}
+    for name, line in known.items():
+        label = plain(f"{name} ({100 * (line.area or 0):.1f})") if len(known) <= NAMED else None
+        axes.plot(line.x, line.y, linewidth=1.3, label=label, color=None if label else "#5b6876", alpha=0.9)
     xlabel, ylabel = ("false positive rate", "true positive rate") if kind == "roc" else ("recall", "precision")
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel, xlim=(-0.01, 1.01), ylim=(-0.01, 1.02))
     if 0 < len(known) <= NAMED:
@@ -59,8 +56,8 @@ def confusion_plot(words: Sequence[str], counts: NDArray[np.int64]) -> str:
     side = max(4.2, 0.34 * len(columns) + 1.6)
     figure, axes = _figure((side, max(3.4, 0.3 * len(rows) + 1.4)))
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    axes.set_xticks(range(len(columns)), [words[k] for k in columns], rotation=45, ha="right", fontsize=7)
-    axes.set_yticks(range(len(rows)), [words[k] for k in rows], fontsize=7)
+    axes.set_xticks(range(len(columns)), [plain(words[k]) for k in columns], rotation=45, ha="right", fontsize=7)
+    axes.set_yticks(range(len(rows)), [plain(words[k]) for k in rows], fontsize=7)
     for y, x in zip(*np.nonzero(shares), strict=True):
         tone = "white" if shares[y, x] > 0.5 else "black"
         axes.text(x, y, int(counts[rows[y], columns[x]]), ha="center", va="center", fontsize=6, color=tone)
@@ -80,13 +77,9 @@ def _figure(size: tuple[float, float] = (5.2, 3.7)) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _thinned(x: NDArray[np.floating], y: NDArray[np.floating]) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
-    """At most `POINTS` of a curve, spread over its length as it is seen."""
-    if len(x) <= POINTS:
-        return x, y
-    way = np.concatenate([[0.0], np.cumsum(np.hypot(np.diff(x), np.diff(y)))])
-    chosen = np.unique(np.searchsorted(way, np.linspace(0, way[-1], POINTS)).clip(0, len(x) - 1))
-    return x[chosen], y[chosen]
+def plain(text: str) -> str:
+    """A name for matplotlib, which takes what stands between dollars for mathematics and hides labels after a line."""
+    return "\u200b" + text.replace("$", r"\$")
 
 
 def _svg(figure: Any) -> str:

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from dapo_edge.calibration.thresholds import clopper_pearson
 from dapo_edge.data.loading import Loaded, Loader
 from dapo_edge.errors import SourceError
-from dapo_edge.evaluation.document import Results, flips
-from dapo_edge.evaluation.evaluate import DataSet, ImageResult, all_images
+from dapo_edge.evaluation.document import Results, mean_of
+from dapo_edge.evaluation.evaluate import DataSet, ImageResult, Line, all_images
 from dapo_edge.evaluation.plots import confusion_plot, curve_plot, score_plot
 from dapo_edge.evaluation.subject import Subject
 from dapo_edge.extras import require
@@ -64,15 +64,16 @@ def write_report(
         subjects=[document["subject"], *([compare["subject"]] if compare else [])],
         tiles=TILES,
         columns=COLUMNS,
-        calibrated=document["subject"]["thresholds"]["image"] is not None and document["words"] == "own",
+        calibrated=document["decides"][0],
         verdicts=_verdict_rows(document["verdicts"]),
         figures=_figures(document, results),
         types=_type_rows(results[0]),
         unnamed=_unnamed(results[0]),
         unmasked=sum(result.unmasked for result in results[0].values()),
-        examples=_examples(subjects, results, data, use_words),
+        regions_lost=sum(result.regions_lost for result in results[0].values()),
+        examples=_examples(document, subjects, results, data, use_words),
     )
-    return write_atomically(path, html.encode())
+    return write_atomically(path, html.encode(errors="backslashreplace"))
 
 
 def _environment() -> Any:
@@ -112,22 +113,22 @@ def _verdict_rows(verdicts: Mapping[str, Mapping[str, int]]) -> list[Example]:
 
 
 def _figures(document: Mapping[str, Any], results: Sequence[Results]) -> list[str]:
-    evaluations = {name: result.evaluation for name, result in results[0].items()}
-    found = [
-        curve_plot("Images: ROC", {name: e.images.curve() for name, e in evaluations.items()}, "roc"),
-        curve_plot("Images: precision and recall", {n: e.images.curve() for n, e in evaluations.items()}, "pr"),
-        curve_plot("Pixels: ROC", {name: e.pixels.curve() for name, e in evaluations.items()}, "roc"),
-        curve_plot("Pixels: precision and recall", {n: e.pixels.curve() for n, e in evaluations.items()}, "pr"),
-    ]
+    def lines(name: str) -> dict[str, Line]:
+        return {category: result.curves[name] for category, result in results[0].items()}
+
     used = [image for _, image in all_images(results[0]) if image.score is not None]
-    threshold = document["subject"]["thresholds"]["image"] if document["words"] == "own" else None
-    found.append(
+    threshold = document["subject"]["thresholds"]["image"] if document["decides"][0] else None
+    found = [
+        curve_plot("Images: ROC", lines("image_roc"), "roc"),
+        curve_plot("Images: precision and recall", lines("image_pr"), "pr"),
+        curve_plot("Pixels: ROC", lines("pixel_roc"), "roc"),
+        curve_plot("Pixels: precision and recall", lines("pixel_pr"), "pr"),
         score_plot(
             [image.score or 0.0 for image in used if image.is_good],
             [image.score or 0.0 for image in used if not image.is_good],
             threshold,
-        )
-    )
+        ),
+    ]
     words, confusion = _confusion(results[0])
     if confusion.any():
         found.append(confusion_plot(words, confusion))
@@ -135,12 +136,12 @@ def _figures(document: Mapping[str, Any], results: Sequence[Results]) -> list[st
 
 
 def _confusion(results: Results) -> tuple[list[str], NDArray[np.int64]]:
-    """Counts of all categories, by word: [true, predicted]."""
-    words = list(dict.fromkeys(name for result in results.values() for name in result.evaluation.types.names[1:]))
+    """Counts of all categories, by word: [true, given]."""
+    words = list(dict.fromkeys(word for result in results.values() for word in result.words))
     total = np.zeros((len(words), len(words)), np.int64)
     for result in results.values():
-        place = [words.index(name) for name in result.evaluation.types.names[1:]]
-        total[np.ix_(place, place)] += result.evaluation.types.confusion
+        place = [words.index(word) for word in result.words]
+        total[np.ix_(place, place)] += np.asarray(result.confusion, np.int64)
     return words, total
 
 
@@ -148,30 +149,22 @@ def _type_rows(results: Results) -> list[Example]:
     """One line per type that occurs; metrics are means over the categories in which it does."""
     words, confusion = _confusion(results)
     rows = []
-    for number, word in enumerate(words):
-        curves = [c for r in results.values() for name, c in r.evaluation.types.curves().items() if name == word]
-        regions = int(confusion[number].sum())
-        if not curves:
+    for place, word in enumerate(words):
+        found = [result.types[word] for result in results.values() if word in result.types]
+        if not found:
             continue
-        wrong = confusion[number].copy()
-        wrong[number] = 0
+        regions, wrong = int(confusion[place].sum()), confusion[place].copy()
+        wrong[place] = 0
         rows.append(
             {
                 "name": word,
                 "regions": regions,
-                "right": confusion[number, number] / regions if regions else None,
-                "pixel_auroc": _mean([curve.auroc() for curve in curves]),
-                "pixel_ap": _mean([curve.average_precision() for curve in curves]),
-                "pixel_f1_max": _mean([curve.f1_max() for curve in curves]),
+                "right": confusion[place, place] / regions if regions else None,
+                **{metric: mean_of(metrics[metric] for metrics in found) for metric in found[0]},
                 "called": f"{words[wrong.argmax()]} ({wrong.max()})" if wrong.any() else "",
             }
         )
     return rows
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    known = [value for value in values if not np.isnan(value)]
-    return float(np.mean(known)) if known else None
 
 
 def _unnamed(results: Results) -> str:
@@ -183,7 +176,11 @@ def _unnamed(results: Results) -> str:
 
 
 def _examples(
-    subjects: Sequence[Subject], results: Sequence[Results], data: DataSet, use_words: UseWords
+    document: Mapping[str, Any],
+    subjects: Sequence[Subject],
+    results: Sequence[Results],
+    data: DataSet,
+    use_words: UseWords,
 ) -> list[tuple[str, str, list[Example]]]:
     """The images that say most about where a subject fails."""
     used = [(category, image) for category, image in all_images(results[0]) if image.score is not None]
@@ -195,8 +192,10 @@ def _examples(
         ("Good images with the highest scores", "The first false alarms.", _pictured(first, alarms, data, use_words)),
     ]
     if len(subjects) > 1:
-        changed = {entry["image"] for entry in flips(*results)["images"][:EXAMPLES]}
-        both = [(category, image) for category, image in used if image.image in changed]
+        known = {(category, image.image, image.defect): image for category, image in used}
+        entries = document["compare"]["flips"]["images"][:EXAMPLES]
+        places = [(entry["category"], entry["image"], entry["defect"]) for entry in entries]
+        both = [(place[0], known[place]) for place in places]
         found.append(("Verdicts that differ", "Maps of A and of B.", _pictured(subjects, both, data, use_words)))
     return found
 
@@ -207,10 +206,11 @@ def _pictured(
     rows = []
     for category, image in images:
         use_words(category)
-        sample = next(s for s in data.categories[category] if str(s.image) == image.image)
+        of_image = [s for s in data.categories[category] if (str(s.image), s.defect) == (image.image, image.defect)]
+        sample = of_image[0]
         loaded = next(Loader().load([sample], (NORMAL, image.defect) if not image.is_good else (NORMAL,)))
         if loaded.image is None:
-            raise loaded.error or SourceError(f"'{image.image}' can't be read any more", "Evaluate again")
+            raise SourceError(f"'{image.image}' can't be read any more", "Evaluate again")
         inspections = [subject.inspection(loaded.image) for subject in subjects]
         verdicts = " / ".join(f"{i.verdict} {i.score:.3f}" for i in inspections)
         shown = f"{category}: {image.defect}, {verdicts}"

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dapo_edge.models.method import Method
 
 EAGER = "eager"
+SAME_ROWS = 1e-3  # other threads add up in another order; other prompts differ by a hundred times that
 
 
 class Subject:
@@ -52,13 +53,17 @@ class Subject:
 
     @classmethod
     def open(
-        cls, path: Path, *, backend: str = "openvino", precision: str | None = None, map_size: MapSize | None = None
+        cls, path: Path, *, backend: str | None = None, precision: str | None = None, map_size: MapSize | None = None
     ) -> Self:
-        """Open a package folder, or a recipe file. Raises what opening them raises."""
+        """Open a package folder (default backend openvino), or a recipe file (always eager torch, fp32).
+
+        Raises what opening them raises.
+        """
         if path.is_dir() or path.suffix == SUFFIX:
-            return cls._of_package(EnginePackage.open(path), backend, precision, map_size)
-        if precision not in (None, "fp32"):
-            raise RecipeError(f"a recipe is evaluated in eager torch, fp32, not '{precision}'", "Build a package first")
+            return cls._of_package(EnginePackage.open(path), backend or "openvino", precision, map_size)
+        if precision not in (None, "fp32") or backend not in (None, EAGER):
+            asked = " ".join(filter(None, (backend, precision)))
+            raise RecipeError(f"a recipe is evaluated in eager torch, fp32, not '{asked}'", "Build a package first")
         return cls._of_recipe(path, load_recipe(path), map_size)
 
     @classmethod
@@ -86,14 +91,22 @@ class Subject:
     @classmethod
     def _of_recipe(cls, path: Path, recipe: Recipe, map_size: MapSize | None) -> Self:
         from dapo_edge.engine.build import map_spec
+        from dapo_edge.models.checkpoints import digest_of
         from dapo_edge.models.eager import EagerBackend
 
         method = _method_of(recipe)
         bank = method.bank(recipe.prompts.defects, recipe.prompts.object)
         spec, size = map_spec(recipe, method), map_size or recipe.map.size
         backend = EagerBackend(method, bank, spec, size)
-        digest = _digest(recipe.model_dump(mode="json"), method.clip.fingerprint, bank.digest)
+        weights = [digest_of(method.encoder_tensors()), bank.digest]
+        digest = _digest(recipe.model_dump(mode="json"), method.clip.fingerprint, *weights)
         return cls(path, backend, spec, recipe, digest, map_size=size, method=lambda: method)
+
+    @property
+    def decides(self) -> bool:
+        """Whether its verdicts can be anything but `unsure` with the words in use."""
+        limits = self.thresholds.for_bank(self.backend.bank)
+        return self.trained and limits.image is not None and limits.pixel is not None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -111,9 +124,21 @@ class Subject:
         if words is None:
             self.backend.set_bank(self._own_bank)
             return
-        self._method = self._method or self._load_method()
+        if self._method is None:
+            self._method = self._load_method()
+            self._check_method(self._method)
         bank = self._method.bank([DefectType(name=word, phrase=word) for word in words], self.recipe.prompts.object)
         self.backend.set_bank(bank)
+
+    def _check_method(self, method: Method) -> None:
+        """New words have to come from the very prompts that the package's own came from."""
+        own = method.bank(self.recipe.prompts.defects, self.recipe.prompts.object)
+        known = self._own_bank
+        if own.names != known.names or np.abs(own.rows - known.rows).max() > SAME_ROWS:
+            raise RecipeError(
+                f"'{self.recipe.prompts.tuned}' or the backbone is not what '{self.path}' was built with",
+                "Build the package again, or evaluate it with --words own",
+            )
 
     def infer(self, image: NDArray[np.uint8]) -> MapBatch:
         """One image [H, W, 3] BGR. Raises `BackendError` where the engine's values are no numbers."""
@@ -164,6 +189,7 @@ class Subject:
             "device": self.backend.device,
             "map_size": self.map_size,
             "score": self.spec.score,
+            "trained": self.trained,
             "thresholds": {
                 "image": limits.image and limits.image.value,
                 "pixel": limits.pixel and limits.pixel.value,

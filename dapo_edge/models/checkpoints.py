@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -98,6 +99,14 @@ def write(path: Path, tensors: DapoTensors, tuning: Tuning) -> None:
     # safetensors writes several keys of metadata in random order: one key makes equal contents equal files.
     metadata = {"dapo": json.dumps({"format": FORMAT, "tuning": asdict(tuning)})}
     write_atomically(path, save({name: getattr(tensors, name).contiguous() for name in FREE_AXES}, metadata))
+
+
+def digest_of(tensors: Iterable[Tensor]) -> str:
+    """Names tensors by their content."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _read_safetensors(path: Path) -> Tuned:

@@ -6,13 +6,12 @@ weights that it would have reached: pictures, their order and the arithmetic dep
 
 from __future__ import annotations
 
-import hashlib
 import io
 import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from dapo_edge.evaluation.features import Features, metrics_of
 from dapo_edge.evaluation.metrics import Summary
 from dapo_edge.files import write_atomically
 from dapo_edge.kernels.map_spec import MapSpec
+from dapo_edge.models.checkpoints import digest_of
 from dapo_edge.models.method import Method
 from dapo_edge.structures import NORMAL
 from dapo_edge.training.losses import dapo_loss
@@ -120,7 +120,7 @@ class Trainer:
                     f"in stage {number} nothing is left to learn",
                     "Name a part in 'tuning.stages' that 'options' did not remove",
                 )
-        self._start = _digest(itertools.chain(*method.learnables().values()))
+        self._start = digest_of(itertools.chain(*method.learnables().values()))
         frozen = not self._parts.get("visual_tokens")
         self._features = Features(method, store, precision=plan.precision, frozen=frozen)
         # What is judged is what a package computes, whatever the precision of learning.
@@ -284,6 +284,7 @@ class Trainer:
                 "readout": getattr(self._method, "readout", None),
                 "backbone": self._method.clip.fingerprint,
                 "shapes": shapes,
+                "device": next(self._method.encoder_tensors()).device.type,
                 "starting weights": self._start,
             }
         )
@@ -316,14 +317,6 @@ def _differing(one: str, other: str) -> list[str]:
     """What two identities do not share."""
     first, second = json.loads(one), json.loads(other)
     return sorted(key for key in {*first, *second} if first.get(key) != second.get(key))
-
-
-def _digest(tensors: Iterable[Tensor]) -> str:
-    """Names tensors by their content."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def split_pictures(store: ViewStore, plan: TuningPlan) -> tuple[list[int], list[int]]:

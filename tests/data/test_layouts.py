@@ -234,11 +234,11 @@ def test_a_category_without_images_and_an_unknown_one_are_refused(tmp_path: Path
 def test_a_table_of_ones_own(tmp_path: Path) -> None:
     write_csv(
         tmp_path / "line 3" / "images.csv",
-        ("image", "type", "mask", "category", "split"),
-        ("a.png", "", "", "nut", ""),
-        ("b.png", "good", "unused.png", "nut", "train"),
-        ("sub/ü.png", "deep_scratch", "masks/ü.png", "nut", "test"),
-        (str(tmp_path / "elsewhere.png"), "hole", "", "", ""),
+        (" Image", "Type", "mask", "category", "split", "operator"),
+        ("a.png", "", "", "nut", "", "Ann"),
+        ("b.png", " Good", "unused.png", "nut", "train", "Ann"),
+        ("sub/ü.png", "deep_scratch", "masks/ü.png", "nut", "test", ""),
+        (str(tmp_path / "elsewhere.png"), "hole", "", "", "", ""),
     )
     wanted = [
         ("elsewhere.png", None, "line 3", "hole", "test"),
@@ -256,6 +256,8 @@ def test_a_table_with_holes_is_refused(tmp_path: Path) -> None:
         ([("picture",), ("a.png",)], "lacks the column image"),
         ([("image", "type"), ("a.png", ""), ("", "hole")], r"line 3 of '.*images\.csv' names no image"),
         ([("image", "split"), ("a.png", "val")], "unknown split 'val'"),
+        ([("image", "typ"), ("a.png", "hole")], "unknown column 'typ'. Did you mean 'type'"),
+        ([("image", "mask"), ("a.png", "m.png")], r"line 2 of '.*images\.csv' has a mask and no type"),
         ([("image",)], "holds no category"),
     ):
         write_csv(tmp_path / "images.csv", *rows)

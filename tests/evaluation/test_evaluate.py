@@ -9,19 +9,24 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from painted import SIDE, Painter, paint, save, subject, write_folder
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from dapo_edge.config import load_recipe, parse_recipe
 from dapo_edge.data.dataset import FileSet, names_of
 from dapo_edge.data.loading import Loader
+from dapo_edge.engine.build import build
 from dapo_edge.errors import BackendError, DapoEdgeError, FrameError, RecipeError
-from dapo_edge.evaluation.document import METRICS, document
+from dapo_edge.evaluation.document import METRICS, document, drift
 from dapo_edge.evaluation.evaluate import CategoryResult, DataSet, evaluate
 from dapo_edge.evaluation.subject import Subject
+from dapo_edge.models.method import method_of
 from dapo_edge.package import EnginePackage
 
 
@@ -34,17 +39,17 @@ def evaluated(
 def test_metrics_equal_scikit_learn_on_all_pixels(tmp_path: Path) -> None:
     data = DataSet.read("folder", write_folder(tmp_path, good=5, bad=4, strength=100))
     result = evaluate([subject()], data)[0]["nut"]
-    found, engine = result.evaluation.summary(), subject().backend
+    found, engine = result.metrics, subject().backend
     samples = data.categories["nut"]
     pictures = FileSet(samples, names_of(samples))
     batches = [engine.infer([pictures[n].image]) for n in range(len(samples))]
     anomaly = np.concatenate([batch.anomaly.ravel() for batch in batches])
     mask = np.concatenate([pictures[n].mask.ravel() for n in range(len(samples))])
-    assert found.pixel_auroc == pytest.approx(roc_auc_score(mask, anomaly), abs=1e-4)
-    assert found.pixel_ap == pytest.approx(average_precision_score(mask, anomaly), abs=1e-4)
+    assert found["pixel_auroc"] == pytest.approx(roc_auc_score(mask, anomaly), abs=1e-4)
+    assert found["pixel_ap"] == pytest.approx(average_precision_score(mask, anomaly), abs=1e-4)
     scores = [float(batch.image_scores[0]) for batch in batches]
-    assert found.image_auroc == roc_auc_score([not s.is_good for s in samples], scores)
-    assert found.type_accuracy == 1
+    assert found["image_auroc"] == roc_auc_score([not s.is_good for s in samples], scores)
+    assert found["type_accuracy"] == 1
     assert [image.score for image in result.images] == pytest.approx(scores)
     assert {image.verdict for image in result.images if image.is_good} == {"ok"}
 
@@ -55,7 +60,7 @@ def test_processes_that_read_ahead_change_nothing(tmp_path: Path) -> None:
     assert list(alone) == list(together) == ["bolt", "nut"]
     for name in alone:
         assert alone[name].images == together[name].images
-        assert alone[name].evaluation.summary() == together[name].evaluation.summary()
+        assert alone[name].metrics == together[name].metrics
 
 
 def test_a_stopped_evaluation_goes_on(tmp_path: Path) -> None:
@@ -77,8 +82,10 @@ def test_a_stopped_evaluation_goes_on(tmp_path: Path) -> None:
     whole = evaluate([subject()], data)[0]
     for name, category in whole.items():
         assert result[name].images == category.images
-        assert result[name].evaluation.summary() == category.evaluation.summary()
-        assert (result[name].evaluation.types.confusion == category.evaluation.types.confusion).all()
+        assert result[name].metrics == category.metrics
+        assert result[name].curves == category.curves
+        assert result[name].confusion == category.confusion
+        assert result[name].restored == (name == "bolt")
 
 
 def test_what_is_kept_belongs_to_one_subject_and_these_files(tmp_path: Path) -> None:
@@ -92,6 +99,11 @@ def test_what_is_kept_belongs_to_one_subject_and_these_files(tmp_path: Path) -> 
     assert [seen(), seen(), seen(2.0), seen()] == [10, 0, 10, 0]
     save(root / "nut" / "good" / "0.png", paint(None, 999)[0])
     assert seen() == 10, "another file at the same place"
+    spoilt = (root / "nut/rust/0.png").read_bytes()
+    (root / "nut/rust/0.png").write_bytes(b"")
+    assert [seen(), seen()] == [9, 9], "what failed is tried again"
+    (root / "nut/rust/0.png").write_bytes(spoilt)
+    assert seen() == 10
     for place in (folder / "state").iterdir():
         place.write_bytes(place.read_bytes()[:500])
     assert seen() == 10, "what is damaged is made again"
@@ -112,7 +124,7 @@ def test_bad_images_are_named_and_the_rest_goes_on(tmp_path: Path) -> None:
         assert "all black" in reasons["rust0.png"]
         assert "32x64" in reasons["rust1.png"]
         assert "does not exist" in reasons["stain1.png"]
-        assert result.evaluation.summary().images == 6
+        assert result.metrics["images"] == 6
 
 
 def test_a_huge_image_is_refused_by_its_header(tmp_path: Path) -> None:
@@ -152,10 +164,9 @@ def test_types_without_a_word_and_images_without_a_mask(tmp_path: Path) -> None:
     result = evaluated(root)["nut"]
     assert result.unnamed == {"burr": 1}
     assert result.unmasked == 1
-    summary = result.evaluation.summary()
-    assert (summary.images, summary.defective_images) == (12, 8)
-    assert result.evaluation.pixels.regions == 7, "the burr's pixels count, the chip's are not known"
-    assert result.evaluation.types.confusion.sum() == 6
+    assert (result.metrics["images"], result.metrics["defective_images"]) == (12, 8)
+    assert result.regions == 7, "the burr's pixels count, the chip's are not known"
+    assert np.sum(result.confusion) == 6
 
 
 def test_a_mask_without_its_image_is_named(tmp_path: Path) -> None:
@@ -202,8 +213,41 @@ def test_two_subjects_are_compared_image_by_image(tmp_path: Path) -> None:
     first = compare["flips"]["images"][0]
     assert abs(first["scores"][0] - first["scores"][1]) == compare["flips"]["score_difference_max"]
     for name in METRICS:
-        assert compare["drift"]["mean"][name] == pytest.approx(compare["mean"][name] - found["mean"][name])
+        assert compare["drift"]["mean"][name] == pytest.approx(compare["mean"][name] - found["mean"][name], abs=1e-9)
     assert found["verdicts"]["good"] == {"ok": 8, "unsure": 0, "ng": 0}
+
+
+def test_drift_is_over_what_both_define() -> None:
+    def results(*values: float | None) -> dict[str, Any]:
+        return {"categories": {str(n): dict.fromkeys(METRICS, value) for n, value in enumerate(values)}}
+
+    found = drift(results(0.9, 0.1, None), results(0.8, None, None))
+    assert found["mean"]["aupro"] == pytest.approx(-0.1)
+    assert found["categories"]["1"]["aupro"] is None
+
+
+def test_without_verdicts_there_are_no_flips(tmp_path: Path) -> None:
+    data = DataSet.read("folder", write_folder(tmp_path, strength=100))
+    for pair in ([subject(limit=None), subject(0.3)], [subject(), subject(0.3, limit=None)]):
+        found = document(pair, evaluate(pair, data), data, "own", 1.0)
+        assert found["compare"]["flips"]["share"] is None
+        assert found["compare"]["flips"]["images"] == []
+        assert found["compare"]["flips"]["score_difference_max"] > 0.05
+    untrained = subject()
+    untrained.trained = False
+    found = document([untrained], evaluate([untrained], data), data, "own", 1.0)
+    assert found["decides"] == [False]
+    assert found["subject"]["trained"] is False
+    assert found["verdicts"]["good"] == {"ok": 0, "unsure": 4, "ng": 0}
+
+
+def test_regions_between_the_maps_pixels_are_counted(tmp_path: Path) -> None:
+    root, side = write_folder(tmp_path, good=1, bad=1), 5 * SIDE
+    mask = np.zeros((side, side), np.uint8)
+    mask[50:90, 50:90] = mask[200, 203] = mask[201, 260] = 255
+    save(root / "nut/rust/0.png", np.full((side, side, 3), 90, np.uint8))
+    save(root / "nut/masks/rust/0.png", mask)
+    assert evaluated(root)["nut"].regions_lost == 2
 
 
 def test_uncalibrated_is_always_unsure(tmp_path: Path) -> None:
@@ -246,13 +290,21 @@ def test_readers_leave_with_a_killed_parent(tmp_path: Path) -> None:
         "    os.kill(os.getpid(), 9)\n"
     )
     (tmp_path / "killed.py").write_text(code)
-    done = subprocess.run([sys.executable, str(tmp_path / "killed.py")], capture_output=True, text=True, check=False)
+    command = [sys.executable, str(tmp_path / "killed.py")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     children = [int(pid) for pid in done.stdout.split()]
     assert len(children) == 2, done.stderr
     deadline = time.monotonic() + 20
-    while any(Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children):
+    while any(map(_is_running, children)):
         assert time.monotonic() < deadline, "readers are still there"
         time.sleep(0.05)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes() != b""  # empty: it ended, and nobody has asked how
+    except OSError:
+        return False
 
 
 class _Deadly:
@@ -285,7 +337,7 @@ def test_backends_of_a_package_agree_and_words_can_be_the_data_sets(package: Eng
         theirs = evaluate(pair, data, words="dataset")
         assert compiled.names == ("normal", "rust", "stain")
         assert not theirs[0]["nut"].unnamed
-        assert theirs[0]["nut"].evaluation.types.confusion.sum() == 6
+        assert np.sum(theirs[0]["nut"].confusion) == 6
         compiled.use_words(None)
         assert compiled.names == package.bank().names
 
@@ -298,3 +350,54 @@ def test_a_recipe_has_one_precision(tiny_config: Path, tmp_path: Path) -> None:
     with Subject.open(recipe) as opened:
         assert opened.as_json()["backend"] == "eager"
         assert opened.as_json()["thresholds"] == {"image": None, "pixel": None}
+
+
+def test_other_weights_are_another_subject(tiny_config: Path, tmp_path: Path) -> None:
+    """Also where the words' rows stay the same: in tuning's first stage only adapters learn."""
+    recipe = tmp_path / "x.yaml"
+    text = f"name: x\nbackbone: {{model: {tiny_config}}}\nprompts: {{defects: [rust], tuned: t.safetensors}}\n"
+    recipe.write_text(text.replace(", tuned: t.safetensors", ""))
+    method = method_of(load_recipe(recipe))
+    method.save(tmp_path / "t.safetensors")
+    recipe.write_text(text)
+    data = DataSet.read("folder", write_folder(tmp_path / "set", good=2, bad=1))
+    with Subject.open(recipe) as before:
+        first = evaluate([before], data, folder=tmp_path / "report")[0]["nut"]
+    with torch.no_grad():
+        for parameter in method.learnables()["adapters"]:
+            parameter += 0.5
+    method.save(tmp_path / "t.safetensors")
+    with Subject.open(recipe) as after:
+        assert after.digest != before.digest
+        second = evaluate([after], data, folder=tmp_path / "report")[0]["nut"]
+    assert not second.restored
+    assert [image.highest for image in first.images] != [image.highest for image in second.images]
+
+
+def test_new_words_need_the_prompts_that_the_package_was_built_with(
+    tiny_fields: dict[str, Any], tmp_path: Path
+) -> None:
+    fields = {**tiny_fields, "gate": {"count": 1}, "thresholds": {"frames": None}}
+    method = method_of(parse_recipe(fields))
+    method.save(tmp_path / "t.safetensors")
+    fields = {key: value for key, value in fields.items() if key != "options"}
+    prompts = {**fields["prompts"], "tuned": str(tmp_path / "t.safetensors")}
+    built = build(parse_recipe({**fields, "prompts": prompts}), tmp_path / "x.dapo")
+    with Subject.open(built.path) as opened:
+        opened.use_words(["rust"])
+    with torch.no_grad():
+        for parameter in method.learnables()["context"]:
+            parameter += torch.randn_like(parameter)
+    method.save(tmp_path / "t.safetensors")
+    with Subject.open(built.path) as opened, pytest.raises(RecipeError, match=r"is not what .* was built with"):
+        opened.use_words(["rust"])
+
+
+def test_words_are_checked_before_anything_is_evaluated(tmp_path: Path) -> None:
+    root = write_folder(tmp_path, ("bolt",))
+    save(root / "nut" / "good" / "0.png", paint(None, 0)[0])
+    save(root / "nut" / "a<b" / "0.png", paint("rust", 0)[0])
+    one = subject()
+    with pytest.raises(RecipeError, match="'a<b' can't be a defect word"):
+        evaluate([one], DataSet.read("folder", root), words="dataset")
+    assert one.backend.seen == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,10 +12,10 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from painted import save, subject, write_folder
+from painted import paint, save, subject, write_folder
 
 from dapo_edge.evaluation.document import document
-from dapo_edge.evaluation.evaluate import DataSet, evaluate
+from dapo_edge.evaluation.evaluate import DataSet, _roc, evaluate
 from dapo_edge.evaluation.histograms import Curve
 from dapo_edge.evaluation.plots import curve_plot
 from dapo_edge.evaluation.report import percent, signed, write_report
@@ -87,6 +88,27 @@ def test_names_are_text_and_never_markup(tmp_path: Path) -> None:
     assert all("alert" not in name for _, attributes in page.tags for name in attributes)
 
 
+def test_names_that_matplotlib_would_read_as_more(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "set", ("price $x_{$", "_nut"), good=2, bad=1)
+    (root / "_nut" / "good" / "0.png").rename(os.fsdecode(os.fsencode(root / "_nut" / "good") + b"/\xff.png"))
+    page, _ = report(root, tmp_path)
+    assert "price $x_{$ (" in page.text
+    assert "_nut (" in page.text
+
+
+def test_an_image_that_shows_two_types_may_be_listed_twice(tmp_path: Path) -> None:
+    image, mask = paint("rust", 1)
+    save(tmp_path / "a.png", image[..., ::-1])
+    save(tmp_path / "m.png", mask)
+    (tmp_path / "images.csv").write_text("image,type,mask\na.png,rust,m.png\na.png,stain,m.png\n")
+    data, used = DataSet.read("csv", tmp_path), [subject()]
+    results = evaluate(used, data)
+    found = document(used, results, data, "own", 1.0)
+    page = Page(write_report(tmp_path / "report.html", found, used, results, data))
+    assert ": rust, " in page.text
+    assert ": stain, " in page.text
+
+
 def test_a_comparison_shows_drift_and_flips(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "set", strength=100)
     page, found = report(root, tmp_path, [subject(), subject(0.3, name="weak")])
@@ -104,7 +126,7 @@ def test_undefined_metrics_and_failed_images_are_shown(tmp_path: Path) -> None:
     page, _ = report(root, tmp_path, [subject(limit=None)])
     words = " ".join(page.text.split())
     assert "nut 2 2 –" in words
-    assert "every verdict is “unsure”" in words
+    assert "Every verdict is “unsure”" in words
     assert "Images that could not be used" in words
     assert "no known format" in words
     assert "undefined without" in words
@@ -131,7 +153,8 @@ def test_better_is_green_and_worse_is_red(share: float, metric: str, tone: str) 
 def test_a_long_curve_keeps_its_shape_and_loses_its_points() -> None:
     rng = np.random.default_rng(0)
     curve = Curve(rng.integers(0, 3, 100_000), rng.integers(0, 3, 100_000))
-    text = curve_plot("x", {"one": curve}, "roc")
+    text = curve_plot("x", {"one": _roc(curve)}, "roc")
     points = max(len(re.findall(r"[ML] ", path)) for path in re.findall(r'd="([^"]*)"', text))
+    assert len(_roc(curve).x) <= 300
     assert 30 < points <= 300
     assert len(text) < 60_000
