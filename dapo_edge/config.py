@@ -309,14 +309,26 @@ def resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
     backbone["checkpoint"] = absolute(backbone["checkpoint"])
     if backbone["model"].endswith(".json"):
         backbone["model"] = absolute(backbone["model"])
-    bundled = ASSETS / Path(prompts["tuned"] or "").name
-    prompts["tuned"] = absolute(prompts["tuned"])
-    if prompts["tuned"] and not Path(prompts["tuned"]).exists() and bundled.is_file():
-        prompts["tuned"] = str(bundled)
+    prompts["tuned"] = _or_bundled(absolute(prompts["tuned"]))
     for section in ("thresholds", "gate"):
         data[section]["frames"] = frames(data[section]["frames"])
     data["tuning"]["data"] = frames(data["tuning"]["data"])
     return parse_recipe(data)
+
+
+def packaged_recipe(data: dict[str, Any]) -> Recipe:
+    """The recipe that a package carries; a bundled file that it names is taken from this installation."""
+    recipe = parse_recipe(data)
+    tuned = _or_bundled(recipe.prompts.tuned)
+    return recipe.model_copy(update={"prompts": recipe.prompts.model_copy(update={"tuned": tuned and Path(tuned)})})
+
+
+def _or_bundled(path: str | Path | None) -> str | Path | None:
+    """A path, or the bundled file of its name where it does not exist."""
+    if path is None or os.path.exists(path):  # noqa: PTH110 (knows no errors)
+        return path
+    bundled = ASSETS / Path(path).name
+    return str(bundled) if bundled.is_file() else path
 
 
 def recipe_schema() -> str:

@@ -6,6 +6,7 @@ A data set is a list of samples, which are paths only; pixels are read one pictu
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,8 +61,8 @@ class FileSet:
             for path in filter(None, (sample.image, sample.mask)):
                 try:
                     status = path.stat()
-                    known = (status.st_size, status.st_mtime_ns)
-                except OSError:
+                    known = (status.st_size, status.st_mtime_ns, os.access(path, os.R_OK))
+                except (OSError, ValueError):
                     known = None  # reading it says why
                 digest.update(repr((path.name, sample.category, sample.defect, known)).encode())
         return digest.hexdigest()
@@ -120,7 +121,7 @@ def masks_without_image(samples: Iterable[Sample]) -> list[Path]:
 
 def types_at(types: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
     """True types [H, W] at (width, height), from the nearest pixel. A type all of whose specks fall between the sampled
-    pixels keeps those that it touches; specks beside a larger region of their type may get lost (`count_regions`)."""
+    pixels keeps those that it touches; specks beside a larger region of their type may get lost (`regions_lost`)."""
     cv2, (width, height) = require("cv2"), size
     found: NDArray[np.uint8] = cv2.resize(types, size, interpolation=cv2.INTER_NEAREST_EXACT)
     for kind in set(np.unique(types).tolist()) - set(np.unique(found).tolist()):
@@ -129,9 +130,19 @@ def types_at(types: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint
     return found
 
 
-def count_regions(types: NDArray[np.uint8]) -> int:
-    """Number of 8-connected regions that are not good."""
-    return int(require("cv2").connectedComponents((types > 0).view(np.uint8), connectivity=8)[0]) - 1
+def regions_lost(types: NDArray[np.uint8], found: NDArray[np.uint8]) -> int:
+    """How many 8-connected regions of true types have no pixel in `found`, which `types_at` made of them."""
+    (height, width), (h, w) = types.shape, found.shape
+    count, labels = require("cv2").connectedComponents((types > 0).view(np.uint8), connectivity=8)
+    rows = ((np.arange(h) + 0.5) * height / h).astype(np.intp)
+    columns = ((np.arange(w) + 0.5) * width / w).astype(np.intp)
+    missing = set(range(1, count)) - set(np.unique(labels[np.ix_(rows, columns)]).tolist())
+
+    def is_rescued(label: int) -> bool:
+        y, x = np.nonzero(labels == label)
+        return bool(found[y * h // height, x * w // width].any())
+
+    return sum(not is_rescued(label) for label in missing)
 
 
 def check_samples(samples: Sequence[Sample]) -> None:
@@ -205,8 +216,9 @@ def _defective(sample: Sample, shape: tuple[int, ...]) -> NDArray[np.bool_]:
 def _check_there(sample: Sample) -> None:
     try:
         is_there = sample.mask is None or sample.mask.exists()
-    except OSError as error:
-        raise SourceError(f"the mask '{sample.mask}' can't be read ({error.strerror})", "Check the path") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SourceError(f"the mask '{sample.mask}' can't be read ({reason})", "Check the path") from error
     if not is_there:
         raise SourceError(
             f"the mask '{sample.mask}' of '{sample.image}' does not exist",

@@ -25,7 +25,9 @@ from dapo_edge.structures import NORMAL
 
 GOOD, MASKS, TABLE = "good", "masks", "images.csv"
 SPLITS: tuple[SplitName, ...] = ("train", "test")
+LINE = " line"  # of a row in its file; no column is called so, because their names are stripped
 TABLE_COLUMNS = {"image", "mask", "type", "category", "split"}
+LIKELY_COLUMNS = {"label": "type", "class": "type", "defect": "type", "mask_path": "mask", "image_path": "image"}
 REAL_IAD_IMAGES = ("realiad_1024", "realiad_512", "realiad_256", "realiad_raw")  # the first one that is there
 REAL_IAD_SPLITS = ("realiad_jsons", "realiad_jsons/realiad_jsons")
 REAL_IAD_GOOD = "OK"
@@ -49,7 +51,7 @@ class Vocabulary:
 
     def type_of(self, label: str) -> str:
         """The type that a raw label or folder name stands for."""
-        return self.labels.get(label, label.replace("_", " "))
+        return self.labels.get(label, " ".join(label.replace("_", " ").split()))
 
 
 Categories = Sequence[str] | None
@@ -201,12 +203,16 @@ def _read_table(root: Path, layout: Layout, categories: Categories) -> Iterator[
     """A table of one's own; paths are relative to its folder, or absolute. Only `image` is asked of every row."""
     path = root if root.is_file() else root / TABLE
     rows = _csv(path, "image")
-    unknown = {name for name in rows[0] if isinstance(name, str)} - TABLE_COLUMNS if rows else set()
+    unknown = {name for name in rows[0] if isinstance(name, str)} - TABLE_COLUMNS - {LINE} if rows else set()
+    absent = TABLE_COLUMNS - set(rows[0]) if rows else set()
     for name in sorted(unknown):
-        hint = did_you_mean(name, TABLE_COLUMNS, cutoff=0.6)
-        if hint:  # other columns are somebody's own business; a misspelt one would be left out in silence
+        # Other columns are somebody's own business; a misspelt one would be left out in silence.
+        meant = LIKELY_COLUMNS.get(name, "")
+        hint = f"Did you mean '{meant}'? " if meant in absent else did_you_mean(name, absent, cutoff=0.85)
+        if hint:
             raise RecipeError(f"'{path}' has the unknown column '{name}'", f"{hint}Or give it quite another name")
-    for number, row in enumerate(rows, start=2):
+    for row in rows:
+        number = row[LINE]
         row.update({column: (cell or "").strip() for column, cell in row.items() if isinstance(column, str)})
         if not row["image"]:
             raise RecipeError(f"line {number} of '{path}' names no image", "Fill it in, or delete the line")
@@ -272,7 +278,7 @@ def _csv(path: Path, *columns: str) -> list[dict[str, str]]:
             reader = csv.DictReader(file, restval="")
             if reader.fieldnames:
                 reader.fieldnames = [name.strip().lower() for name in reader.fieldnames]
-            rows = list(reader)
+            rows = [{**row, LINE: str(reader.line_num)} for row in reader]
             missing = set(columns) - set(reader.fieldnames or ())
     except UnicodeError as error:
         raise RecipeError(f"'{path}' can't be read: it is not UTF-8", "Save it with that encoding") from error

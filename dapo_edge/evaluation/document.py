@@ -29,9 +29,9 @@ def document(
 ) -> dict[str, Any]:
     """All results of the first subject; under `compare` those of the second, and how far it is from the first.
 
-    Metrics are fractions, None where one is undefined; `mean` is over the categories in which a metric is defined.
+    Metrics are fractions, None where one is undefined; `mean` is over the categories in which a metric is defined,
+    `verdicts` over those that `decides` names: in the others there are no thresholds for the words.
     """
-    decides = [subject.decides for subject in subjects]
     first = _results_json(subjects[0], results[0])
     found = {
         "schema": SCHEMA,
@@ -46,7 +46,6 @@ def document(
             "masks_without_image": [str(path) for path in data.masks_without_image],
         },
         "words": words,
-        "decides": decides,
         "seconds": seconds,
         **first,
     }
@@ -55,7 +54,7 @@ def document(
         found["compare"] = {
             **second,
             "drift": drift(first, second),
-            "flips": flips(results[0], results[1], all(decides)),
+            "flips": flips(results[0], results[1]),
         }
     return found
 
@@ -65,7 +64,8 @@ def _results_json(subject: Subject, results: Results) -> dict[str, Any]:
     return {
         "subject": subject.as_json(),
         "mean": _mean(list(categories.values())),
-        "verdicts": _verdicts([image for _, image in all_images(results)]),
+        "verdicts": _verdicts([image for result in results.values() if result.decides for image in result.images]),
+        "decides": [name for name, result in results.items() if result.decides],
         "categories": categories,
         "failed": [
             {"category": category, "image": image.image, "reason": image.error}
@@ -80,6 +80,7 @@ def category_json(result: CategoryResult) -> dict[str, Any]:
     return {
         **result.metrics,
         "verdicts": _verdicts(result.images),
+        "decides": result.decides,
         "types": result.types,
         "words": list(result.words),
         "confusion": result.confusion,  # [true word][given word], regions
@@ -133,16 +134,17 @@ def drift(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def flips(first: Results, second: Results, both_decide: bool) -> dict[str, Any]:
+def flips(first: Results, second: Results) -> dict[str, Any]:
     """Images with another verdict, the largest difference of scores first, and how far scores differ at all.
 
-    `share` is None where a subject has no thresholds for its words: then every verdict of it is `unsure`.
+    Verdicts are compared in the categories in which both subjects decide; `share` is None where there is none.
     """
     pairs = [(c, a, b) for (c, a), (_, b) in zip(all_images(first), all_images(second), strict=True)]
     used = [(c, a, b, abs(a.score - b.score)) for c, a, b in pairs if a.score is not None and b.score is not None]
-    flipped = sorted(
-        (pair for pair in used if both_decide and pair[1].verdict != pair[2].verdict), key=lambda pair: -pair[3]
-    )
+    decided = {name for name, result in first.items() if result.decides and second[name].decides}
+    compared = [pair for pair in used if pair[0] in decided]
+    flipped = [pair for pair in compared if pair[1].verdict != pair[2].verdict]
+    flipped.sort(key=lambda pair: -pair[3])
     differences = [pair[3] for pair in used]
     return {
         "images": [
@@ -155,7 +157,7 @@ def flips(first: Results, second: Results, both_decide: bool) -> dict[str, Any]:
             }
             for category, a, b, _ in flipped
         ],
-        "share": len(flipped) / len(used) if used and both_decide else None,
+        "share": len(flipped) / len(compared) if compared else None,
         "score_difference_mean": sum(differences) / len(used) if used else None,
         "score_difference_max": max(differences, default=None),
     }

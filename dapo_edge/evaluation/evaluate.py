@@ -22,8 +22,8 @@ from typing import Any, Literal
 import numpy as np
 
 from dapo_edge import __version__
-from dapo_edge.config import check_words
-from dapo_edge.data.dataset import SEVERAL, FileSet, Sample, count_regions, masks_without_image, names_of, types_at
+from dapo_edge.config import MAX_DEFECT_TYPES, check_words
+from dapo_edge.data.dataset import SEVERAL, FileSet, Sample, masks_without_image, names_of, regions_lost, types_at
 from dapo_edge.data.layouts import Layout, layout_of
 from dapo_edge.data.loading import Loaded, Loader
 from dapo_edge.device import this_device
@@ -79,6 +79,7 @@ class CategoryResult:
     unmasked: int  # defective images without a mask: they count in image metrics only
     regions: int  # true ones, at the map's size
     regions_lost: int  # true ones that fell between the map's pixels
+    decides: bool  # whether its verdicts can be anything but `unsure`
     seconds: float
     date: str
     device: str
@@ -103,6 +104,7 @@ class _Count:
     """A category while it is being evaluated."""
 
     evaluation: Evaluation
+    decides: bool
     images: list[ImageResult] = field(default_factory=list)
     unnamed: dict[str, int] = field(default_factory=dict)
     unmasked: int = 0
@@ -131,6 +133,7 @@ class _Count:
             unmasked=self.unmasked,
             regions=evaluation.pixels.regions,
             regions_lost=self.regions_lost,
+            decides=self.decides,
             seconds=self.seconds,
             date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             device=this_device().line(),
@@ -218,6 +221,8 @@ def words_of(data: DataSet, category: str, words: Words) -> tuple[str, ...] | No
         raise RecipeError(
             f"no defect type is known for the category '{category}'", "Leave it out, or use the package's own words"
         )
+    if len(found) > MAX_DEFECT_TYPES:
+        raise RecipeError(f"'{category}' has {len(found)} defect types", f"Use at most {MAX_DEFECT_TYPES}")
     for word in found:
         check_words(word)
     return found
@@ -249,7 +254,7 @@ def _category(
 def _evaluated(
     subjects: Sequence[Subject], samples: Sequence[Sample], loader: Loader, on_image: Callable[[int], None]
 ) -> list[CategoryResult]:
-    counts = [_Count(Evaluation(subject.names)) for subject in subjects]
+    counts = [_Count(Evaluation(subject.names), subject.decides) for subject in subjects]
     names = (NORMAL, *names_of(samples)[1:])
     for number_of, loaded in enumerate(loader.load(samples, names)):
         on_image(number_of)
@@ -272,7 +277,7 @@ def _add(subject: Subject, count: _Count, loaded: Loaded, names: Sequence[str]) 
         count.evaluation.add_untyped(anomaly, score, None)
     else:
         truth = types_at(loaded.types, (anomaly.shape[1], anomaly.shape[0]))
-        count.regions_lost += max(0, count_regions(loaded.types) - count_regions(truth))
+        count.regions_lost += regions_lost(loaded.types, truth)
         if sample.is_good or sample.defect in subject.names:
             own = np.array([subject.names.index(name) if name in subject.names else 0 for name in names], np.uint8)
             count.evaluation.add(subject.channels(batch), score, own[truth])
@@ -294,7 +299,7 @@ def _place(folder: Path | None, subject: Subject, samples: Sequence[Sample]) -> 
 
 
 def _keep(place: Path | None, result: CategoryResult) -> None:
-    if place is not None and not result.failed:  # what failed may be mended, and is worth another try
+    if place is not None:
         write_atomically(place, as_bytes(asdict(result)))
 
 

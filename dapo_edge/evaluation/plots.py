@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -79,7 +80,7 @@ def _figure(size: tuple[float, float] = (5.2, 3.7)) -> tuple[Any, Any]:
 
 def plain(text: str) -> str:
     """A name for matplotlib, which takes what stands between dollars for mathematics and hides labels after a line."""
-    return "\u200b" + text.replace("$", r"\$")
+    return "\u200b" + text.encode(errors="backslashreplace").decode().replace("$", r"\$")
 
 
 def _svg(figure: Any) -> str:
@@ -87,7 +88,8 @@ def _svg(figure: Any) -> str:
 
     text = io.StringIO()
     # Text stays text: it can be searched, and costs a fraction of its outlines.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dapo-edge"}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dapo-edge"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # the reader's browser brings the fonts
         figure.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     found = text.getvalue()
     return found[found.index("<svg") :]

@@ -64,7 +64,7 @@ def write_report(
         subjects=[document["subject"], *([compare["subject"]] if compare else [])],
         tiles=TILES,
         columns=COLUMNS,
-        calibrated=document["decides"][0],
+        calibrated=document["decides"],
         verdicts=_verdict_rows(document["verdicts"]),
         figures=_figures(document, results),
         types=_type_rows(results[0]),
@@ -117,7 +117,7 @@ def _figures(document: Mapping[str, Any], results: Sequence[Results]) -> list[st
         return {category: result.curves[name] for category, result in results[0].items()}
 
     used = [image for _, image in all_images(results[0]) if image.score is not None]
-    threshold = document["subject"]["thresholds"]["image"] if document["decides"][0] else None
+    threshold = document["subject"]["thresholds"]["image"] if document["decides"] else None
     found = [
         curve_plot("Images: ROC", lines("image_roc"), "roc"),
         curve_plot("Images: precision and recall", lines("image_pr"), "pr"),

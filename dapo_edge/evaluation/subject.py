@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from dapo_edge.backends.base import Backend, MapBatch, backend_class
 from dapo_edge.backends.host import all_channels
-from dapo_edge.config import DefectType, Recipe, load_recipe, parse_recipe
+from dapo_edge.config import DefectType, Recipe, load_recipe, packaged_recipe
 from dapo_edge.errors import BackendError, RecipeError
 from dapo_edge.kernels.map_spec import MapSize, MapSpec
 from dapo_edge.package import SUFFIX, EnginePackage, Thresholds
@@ -69,11 +69,16 @@ class Subject:
     @classmethod
     def _of_package(cls, package: EnginePackage, backend: str, precision: str | None, map_size: MapSize | None) -> Self:
         manifest, size = package.manifest, map_size or package.manifest.map_size
-        recipe = parse_recipe(manifest.recipe)
+        recipe, digest = packaged_recipe(manifest.recipe), package.digest
         if backend == EAGER:
+            from dapo_edge.models.checkpoints import digest_of
             from dapo_edge.models.eager import EagerBackend
 
-            opened: Backend = EagerBackend.open(package, map_size=size, precision=precision)
+            eager = EagerBackend.open(package, map_size=size, precision=precision)
+            opened: Backend = eager
+            method = eager.method
+            # The weights come from the recipe's files, which may have changed since the package was built.
+            digest = _digest(package.digest, method.clip.fingerprint, digest_of(method.encoder_tensors()))
         else:
             opened = backend_class(backend).open(package, map_size=size, precision=precision)
         return cls(
@@ -81,7 +86,7 @@ class Subject:
             opened,
             manifest.map,
             recipe,
-            package.digest,
+            digest,
             thresholds=package.thresholds(),
             trained=manifest.trained,
             map_size=size,
@@ -134,9 +139,11 @@ class Subject:
         """New words have to come from the very prompts that the package's own came from."""
         own = method.bank(self.recipe.prompts.defects, self.recipe.prompts.object)
         known = self._own_bank
-        if own.names != known.names or np.abs(own.rows - known.rows).max() > SAME_ROWS:
+        is_other = own.names != known.names or own.rows.shape != known.rows.shape
+        if is_other or np.abs(own.rows - known.rows).max() > SAME_ROWS:
+            files = f"'{self.recipe.prompts.tuned}' or the backbone" if self.recipe.prompts.tuned else "the backbone"
             raise RecipeError(
-                f"'{self.recipe.prompts.tuned}' or the backbone is not what '{self.path}' was built with",
+                f"{files} is not what '{self.path}' was built with",
                 "Build the package again, or evaluate it with --words own",
             )
 

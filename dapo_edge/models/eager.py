@@ -17,7 +17,7 @@ from typing_extensions import Self
 
 from dapo_edge.backends.base import MapBatch, MapSize, View, check_bank, map_pixels
 from dapo_edge.backends.host import resize_view
-from dapo_edge.config import parse_recipe
+from dapo_edge.config import packaged_recipe
 from dapo_edge.errors import RecipeError
 from dapo_edge.kernels.map_spec import MapSpec
 from dapo_edge.models.method import Method, method_of
@@ -46,7 +46,7 @@ class EagerBackend:
         """Make the method again from the recipe that the package carries."""
         if precision not in (None, "fp32"):
             raise RecipeError(f"the eager reference computes in fp32, not '{precision}'", "Leave the precision out")
-        method = method_of(parse_recipe(package.manifest.recipe))
+        method = method_of(packaged_recipe(package.manifest.recipe))
         return cls(method, package.bank(), package.manifest.map, map_size)
 
     @torch.inference_mode()

@@ -234,10 +234,10 @@ def test_a_category_without_images_and_an_unknown_one_are_refused(tmp_path: Path
 def test_a_table_of_ones_own(tmp_path: Path) -> None:
     write_csv(
         tmp_path / "line 3" / "images.csv",
-        (" Image", "Type", "mask", "category", "split", "operator"),
+        (" Image", "Type", "mask", "category", "split", "time"),
         ("a.png", "", "", "nut", "", "Ann"),
         ("b.png", " Good", "unused.png", "nut", "train", "Ann"),
-        ("sub/ü.png", "deep_scratch", "masks/ü.png", "nut", "test", ""),
+        ("sub/ü.png", "deep__scratch_", "masks/ü.png", "nut", "test", ""),
         (str(tmp_path / "elsewhere.png"), "hole", "", "", "", ""),
     )
     wanted = [
@@ -257,6 +257,8 @@ def test_a_table_with_holes_is_refused(tmp_path: Path) -> None:
         ([("image", "type"), ("a.png", ""), ("", "hole")], r"line 3 of '.*images\.csv' names no image"),
         ([("image", "split"), ("a.png", "val")], "unknown split 'val'"),
         ([("image", "typ"), ("a.png", "hole")], "unknown column 'typ'. Did you mean 'type'"),
+        ([("image", "label"), ("a.png", "hole")], "unknown column 'label'. Did you mean 'type'"),
+        ([("image", "type"), (), (), ("a.png", "good"), ("", "hole")], r"line 5 of '.*images\.csv' names no image"),
         ([("image", "mask"), ("a.png", "m.png")], r"line 2 of '.*images\.csv' has a mask and no type"),
         ([("image",)], "holds no category"),
     ):

@@ -89,7 +89,7 @@ def test_names_are_text_and_never_markup(tmp_path: Path) -> None:
 
 
 def test_names_that_matplotlib_would_read_as_more(tmp_path: Path) -> None:
-    root = write_folder(tmp_path / "set", ("price $x_{$", "_nut"), good=2, bad=1)
+    root = write_folder(tmp_path / "set", ("price $x_{$", "_nut", os.fsdecode(b"t\xff")), good=2, bad=1)
     (root / "_nut" / "good" / "0.png").rename(os.fsdecode(os.fsencode(root / "_nut" / "good") + b"/\xff.png"))
     page, _ = report(root, tmp_path)
     assert "price $x_{$ (" in page.text
