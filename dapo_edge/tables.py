@@ -80,7 +80,7 @@ def eval_table(result: dict[str, Any]) -> Group:
     lines: list[Text | Table] = [
         Text(f"{subject['name']}, {subject['backend']} {subject['precision']}, on {data['layout']} at {data['root']}"),
         table,
-        Text(f"verdicts of images, {verdicts}"),
+        Text(f"verdicts of images, {verdicts}" if result["decides"] else "no verdicts: no thresholds for these words"),
     ]
     if compare:
         other, flips = compare["subject"], compare["flips"]

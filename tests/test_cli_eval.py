@@ -62,6 +62,7 @@ def test_document_table_and_report(package: EnginePackage, generated: Path, tmp_
     assert (tmp_path / "r" / "report.html").stat().st_size > 50_000
     again = dapo_edge(*common, "--report", tmp_path / "r", "--compare", package.path, "--compare-backend", "eager")
     assert again.returncode == 0, again.stderr
+    assert "no verdicts: no thresholds" in again.stdout
     assert "no verdicts to compare" in again.stdout, "seeded weights decide nothing"
     assert json.loads((tmp_path / "r" / "eval.json").read_text())["compare"]["flips"]["score_difference_max"] < 1e-4
     assert "evaluating" in again.stderr, "the second subject is new"
