@@ -132,6 +132,8 @@ def types_at(types: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint
 
 def regions_lost(types: NDArray[np.uint8], found: NDArray[np.uint8]) -> int:
     """How many 8-connected regions of true types have no pixel in `found`, which `types_at` made of them."""
+    if not types.any():
+        return 0
     (height, width), (h, w) = types.shape, found.shape
     count, labels = require("cv2").connectedComponents((types > 0).view(np.uint8), connectivity=8)
     rows = ((np.arange(h) + 0.5) * height / h).astype(np.intp)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dapo_edge import __version__
 from dapo_edge.config import MAX_DEFECT_TYPES, check_words
@@ -105,6 +106,7 @@ class _Count:
 
     evaluation: Evaluation
     decides: bool
+    channels: NDArray[np.uint8]  # of the subject, by the data set's index of a type
     images: list[ImageResult] = field(default_factory=list)
     unnamed: dict[str, int] = field(default_factory=dict)
     unmasked: int = 0
@@ -254,19 +256,24 @@ def _category(
 def _evaluated(
     subjects: Sequence[Subject], samples: Sequence[Sample], loader: Loader, on_image: Callable[[int], None]
 ) -> list[CategoryResult]:
-    counts = [_Count(Evaluation(subject.names), subject.decides) for subject in subjects]
     names = (NORMAL, *names_of(samples)[1:])
-    for number_of, loaded in enumerate(loader.load(samples, names)):
-        on_image(number_of)
+    counts = [_Count(Evaluation(s.names), s.decides, _channels_of(names, s.names)) for s in subjects]
+    for done, loaded in enumerate(loader.load(samples, names)):
+        on_image(done)
         for subject, count in zip(subjects, counts, strict=True):
             started = time.perf_counter()
-            count.images.append(_add(subject, count, loaded, names))
+            count.images.append(_add(subject, count, loaded))
             count.seconds += time.perf_counter() - started
     on_image(len(samples))
     return [count.result() for count in counts]
 
 
-def _add(subject: Subject, count: _Count, loaded: Loaded, names: Sequence[str]) -> ImageResult:
+def _channels_of(names: Sequence[str], words: Sequence[str]) -> NDArray[np.uint8]:
+    """The channel among `words` of each of the data set's names; 0 where there is none, which no image uses."""
+    return np.array([words.index(name) if name in words else 0 for name in names], np.uint8)
+
+
+def _add(subject: Subject, count: _Count, loaded: Loaded) -> ImageResult:
     sample = loaded.sample
     if loaded.image is None:
         return ImageResult(str(sample.image), sample.defect, error=str(loaded.error))
@@ -279,8 +286,7 @@ def _add(subject: Subject, count: _Count, loaded: Loaded, names: Sequence[str]) 
         truth = types_at(loaded.types, (anomaly.shape[1], anomaly.shape[0]))
         count.regions_lost += regions_lost(loaded.types, truth)
         if sample.is_good or sample.defect in subject.names:
-            own = np.array([subject.names.index(name) if name in subject.names else 0 for name in names], np.uint8)
-            count.evaluation.add(subject.channels(batch), score, own[truth])
+            count.evaluation.add(subject.channels(batch), score, count.channels[truth])
         else:
             count.unnamed[sample.defect] = count.unnamed.get(sample.defect, 0) + 1
             count.evaluation.add_untyped(anomaly, score, truth > 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,14 @@ from typing import Any
 import numpy as np
 
 from dapo_edge.config import PARTS, Part, Stage, TuningPlan
+from dapo_edge.data.flaws import DEFECTS
 from dapo_edge.kernels.map_spec import MapSpec
+from dapo_edge.models import checkpoints
 from dapo_edge.models.clip import load_clip
 from dapo_edge.models.dapo import Dapo, DapoOptions
 from dapo_edge.structures import NORMAL
-from dapo_edge.training.trainer import Run, Trainer
+from dapo_edge.training.trainer import BEST, LATEST, Run, Trainer
+from dapo_edge.training.tune import LOG
 from dapo_edge.training.views import View, ViewStore
 
 SIDE, PATCH = 32, 8
@@ -25,6 +29,7 @@ CONFIG: dict[str, Any] = {
 }
 OPTIONS = DapoOptions(groups=2, context_tokens=2, text_depth=2, text_tokens=2, visual_tokens=2)
 WORDS = ("hole", "stain")
+EIGHT = list(DEFECTS)[:8]
 TWO_STAGES: Any = ((("context", "adapters"), 2), (PARTS, 2))
 
 
@@ -102,3 +107,18 @@ def histories(run: Run) -> list[dict[str, Any]]:
 
 def assert_same_files(one: Path, other: Path) -> None:
     assert one.read_bytes() == other.read_bytes()
+
+
+def assert_same_runs(one: Path, other: Path) -> None:
+    for name in (BEST, LATEST):
+        a, b = checkpoints.read(one / name), checkpoints.read(other / name)
+        assert a.tuning == b.tuning
+        assert_same_bits(
+            *({field: getattr(file.tensors, field).numpy() for field in checkpoints.FREE_AXES} for file in (a, b))
+        )
+    assert lines_of(one / LOG, but="seconds") == lines_of(other / LOG, but="seconds")
+
+
+def lines_of(path: Path, but: str = "") -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return [{key: value for key, value in line.items() if key != but} for line in csv.DictReader(file)]
