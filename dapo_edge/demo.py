@@ -15,9 +15,10 @@ from dapo_edge.data.belt import CROSSING_S
 from dapo_edge.data.protocol import surfaces_v1
 from dapo_edge.device import as_json, this_device
 from dapo_edge.files import write_atomically
+from dapo_edge.folders import writing_to
 from dapo_edge.outputs.events import frame_json
 from dapo_edge.outputs.overlay import Recorder, contact_sheet, draw, save_picture
-from dapo_edge.package import EnginePackage, writing_to
+from dapo_edge.package import EnginePackage
 from dapo_edge.runtime.confusion import Confusion, TrueDefect
 from dapo_edge.runtime.inspector import Inspector
 from dapo_edge.runtime.pipeline import Statistics, inspect_stream

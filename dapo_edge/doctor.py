@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dapo_edge.device import Device, as_json, this_device
+from dapo_edge.device import Device, Gpu, as_json, driver_problem, this_device
 from dapo_edge.errors import DapoEdgeError
 from dapo_edge.extras import require
+from dapo_edge.package import EnginePackage
+from dapo_edge.targets import Judgement, fingerprint_here, judge_all, tensorrt_version
 
 
 @dataclass(frozen=True)
@@ -22,10 +25,11 @@ class Check:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The machine, the checks, and the first error that stops the package (or the machine) from inspecting."""
+    """The machine, the checks, the package's targets, and the first error that stops it from inspecting."""
 
     device: Device
     checks: tuple[Check, ...]
+    targets: tuple[Judgement, ...]
     problem: DapoEdgeError | None
 
     def as_json(self) -> dict[str, Any]:
@@ -34,25 +38,31 @@ class Diagnosis:
             "schema": "dapo-edge doctor 1",
             "device": as_json(self.device),
             "checks": [{"what": check.what, "ok": check.fine, "finding": check.finding} for check in self.checks],
+            "targets": [
+                {"id": target.id, "verdict": target.verdict, "reason": target.reason} for target in self.targets
+            ],
             "ready": self.problem is None,
         }
 
 
 def diagnose(package: Path | None = None) -> Diagnosis:
-    """Look at this machine and, if named, at a package: its files, its backend, one inspected frame."""
+    """Look at this machine and, if named, at a package: its files, its backend, one inspected frame, its targets."""
     device = this_device()
     problems: list[DapoEdgeError] = []
     checks = [
         _module("OpenVINO (CPU engine)", "openvino", problems),
         _module("OpenCV (video, regions, overlays)", "cv2", problems),
         _optional("torch (building packages)", "torch" in device.packages, "pip install 'dapo-edge[build]'"),
-        Check(
-            "CUDA driver", True, f"{device.cuda_devices} GPU(s)" if device.cuda_devices else "no GPU; the CPU is used"
-        ),
+        _driver(device.gpus),
+        *_gpu_parts(device),
     ]
-    if package is not None and not problems:
-        checks.append(_package(package, problems))
-    return Diagnosis(device, tuple(checks), problems[0] if problems else None)
+    targets: tuple[Judgement, ...] = ()
+    opened = None if package is None else _opened(package, checks, problems)
+    if opened is not None:
+        if not problems:
+            checks.append(_inspection(opened, problems))
+        targets = _targets(opened, device, checks)
+    return Diagnosis(device, tuple(checks), targets, problems[0] if problems else None)
 
 
 def _module(what: str, module: str, problems: list[DapoEdgeError]) -> Check:
@@ -68,17 +78,78 @@ def _optional(what: str, present: bool, remedy: str) -> Check:
     return Check(what, True, "present" if present else f"not installed; only needed to build: {remedy}")
 
 
-def _package(path: Path, problems: list[DapoEdgeError]) -> Check:
+def _driver(gpus: tuple[Gpu, ...]) -> Check:
+    what = "CUDA driver"
+    if gpus:
+        names = ", ".join(f"{gpu.name} (sm {gpu.sm}, {gpu.memory_bytes / 2**30:.0f} GiB)" for gpu in gpus)
+        return Check(what, True, f"CUDA {gpus[0].driver_cuda}, {len(gpus)} GPU(s): {names}")
+    problem = driver_problem()
+    if problem:
+        return Check(what, False, f"it refuses, so the CPU is used: {problem}")
+    return Check(what, True, "no GPU; the CPU is used")
+
+
+def _gpu_parts(device: Device) -> list[Check]:
+    """What inspecting on a GPU needs besides its driver; nothing of it is looked for, or imported, without a GPU."""
+    names = ("TensorRT", "pycuda (GPU memory, launches)", "CUDA kernels compiler")
+    if not device.gpus:
+        return [Check(name, True, "not needed without a GPU") for name in names]
+    version = tensorrt_version()
+    system = "apt install python3-libnvinfer, and a venv with --system-site-packages"
+    tensorrt = f"not installed: {system}" if device.jetson else f"not installed: pip install tensorrt, or {system}"
+    has_pycuda = find_spec("pycuda") is not None
+    return [
+        Check(names[0], version is not None, version or tensorrt),
+        Check(names[1], has_pycuda, "present" if has_pycuda else "not installed: pip install 'dapo-edge[gpu]'"),
+        _compiler(names[2], device.gpus[0]),
+    ]
+
+
+def _compiler(what: str, gpu: Gpu) -> Check:
+    from dapo_edge.kernels.compile import find_compiler
+
+    major, minor = (int(part) for part in gpu.driver_cuda.split("."))
+    try:
+        compiler = find_compiler(f"sm_{gpu.sm.replace('.', '')}", (major, minor))
+    except DapoEdgeError as error:
+        return Check(what, False, str(error))
+    return Check(what, True, f"{compiler.name}, {compiler.path}")
+
+
+def _opened(path: Path, checks: list[Check], problems: list[DapoEdgeError]) -> EnginePackage | None:
+    try:
+        return EnginePackage.open(path)
+    except DapoEdgeError as error:
+        problems.append(error)
+        checks.append(Check(f"package {path}", False, str(error)))
+        return None
+
+
+def _inspection(package: EnginePackage, problems: list[DapoEdgeError]) -> Check:
     import numpy as np
 
     from dapo_edge.runtime.inspector import Inspector
 
-    what = f"package {path}"
+    what = f"package {package.path}"
     try:
-        with Inspector(path) as inspector:
+        with Inspector(package) as inspector:
             ms = inspector.inspect(np.zeros((480, 640, 3), np.uint8)).ms["total"]
             backend = inspector.backend
             return Check(what, True, f"loads and runs: {backend.name} {backend.precision}, first frame {ms:.0f} ms")
     except DapoEdgeError as error:
         problems.append(error)
         return Check(what, False, str(error))
+
+
+def _targets(package: EnginePackage, device: Device, checks: list[Check]) -> tuple[Judgement, ...]:
+    """Judge the package's targets. None of them is needed as long as the CPU can inspect."""
+    try:
+        targets = judge_all(package, fingerprint_here())
+    except DapoEdgeError as error:
+        checks.append(Check("targets", False, str(error)))
+        return ()
+    for target in targets:
+        checks.append(Check(f"target {target.id}", target.verdict == "load", f"{target.verdict}: {target.reason}"))
+    if device.gpus and not any(target.verdict == "load" for target in targets):
+        checks.append(Check("targets", not targets, f"none for this GPU yet: dapo-edge compile {package.path}"))
+    return targets

@@ -6,44 +6,25 @@ all. Nothing in it is a pickle.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import fcntl
-import glob
 import hashlib
 import json
 import os
-import secrets
-import shutil
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from types import TracebackType
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from dapo_edge.errors import (
-    DapoEdgeError,
-    OutputError,
-    PackageDamaged,
-    PackageError,
-    PackageIncompatible,
-    RecipeError,
-)
+from dapo_edge.errors import DapoEdgeError, OutputError, PackageDamaged, PackageError, PackageIncompatible, RecipeError
+from dapo_edge.folders import FolderWriter
 from dapo_edge.kernels.map_spec import MapSize, MapSpec, check_map_size
 from dapo_edge.prompt_bank import PromptBank
+from dapo_edge.reference_data import ReferenceData
 
 FORMAT = 1
 SUFFIX = ".dapo"
-MANIFEST, ENCODER, PROMPTS, THRESHOLDS, REPORT = (
-    "manifest.json",
-    "encoder.onnx",
-    "prompts.safetensors",
-    "thresholds.json",
-    "report.json",
-)
+MANIFEST, ENCODER, PROMPTS = "manifest.json", "encoder.onnx", "prompts.safetensors"
+THRESHOLDS, REPORT, REFERENCE = "thresholds.json", "report.json", "reference.safetensors"
 _REBUILD = "Copy the package again from where it was built, or build it again: dapo-edge build RECIPE"
 
 
@@ -189,6 +170,15 @@ class EnginePackage:
         except ValidationError as error:
             raise PackageDamaged(f"'{self.path / THRESHOLDS}' holds no thresholds", _REBUILD) from error
 
+    def reference(self) -> ReferenceData | None:
+        """What eager torch made of some gate frames; None in packages that were built before there was any."""
+        if REFERENCE not in self.manifest.files:
+            return None
+        path, manifest = self.path / REFERENCE, self.manifest
+        rows, columns = manifest.map.grid
+        tokens = (len(manifest.feature_layers), rows * columns, manifest.dimensions)
+        return ReferenceData.read(path).check_fit(path, manifest.image_size, tokens)
+
     def report(self) -> dict[str, Any]:
         """What the accuracy gate measured at build time."""
         return self._json(REPORT)
@@ -208,48 +198,8 @@ class EnginePackage:
         return content
 
 
-class PackageWriter:
+class PackageWriter(FolderWriter):
     """Writes a package beside its destination and moves it into place at the end, or leaves no trace."""
-
-    def __init__(self, destination: Path) -> None:
-        self.destination = destination
-
-    def __enter__(self) -> PackageWriter:
-        with writing_to(self.destination):
-            if self.destination.is_symlink():
-                self.destination = Path(os.path.realpath(self.destination))
-            if not str(self.destination).isprintable():
-                raise OutputError(f"the name {str(self.destination)!a} can't be printed", "Use another name with -o")
-            if (self.destination.parent / MANIFEST).is_file():
-                raise OutputError(f"'{self.destination}' lies inside another package", "Name another place with -o")
-            if self.destination.exists() and not (self.destination / MANIFEST).is_file():
-                raise OutputError(
-                    f"'{self.destination}' exists and is not an engine package",
-                    "Name another place with -o, or move it away",
-                )
-            self.destination.parent.mkdir(parents=True, exist_ok=True)
-            self._mend_what_was_killed()
-            # The lock lies beside the folder and lives as long as this process, in whatever container that runs.
-            self._lock_path = self.destination.with_name(f"{self._prefix}{secrets.token_hex(4)}.lock")
-            self._lock = self._lock_path.open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
-            self.folder = self._lock_path.with_suffix("")
-            self.folder.mkdir()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self._lock_path.unlink(missing_ok=True)
-        self._lock.close()
-
-    def write(self, name: str, data: bytes) -> None:
-        """Add one file."""
-        path = self.folder / name
-        with writing_to(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
 
     def draft(self, fields: dict[str, Any]) -> EnginePackage:
         """The package as it stands now, to be run before it is committed."""
@@ -260,65 +210,22 @@ class PackageWriter:
         """Write the manifest over all files that are there now, and move the package into place."""
         manifest = self.draft(fields).manifest
         content = manifest.model_dump(mode="json")
-        with writing_to(self.destination):
-            text = json.dumps({**content, "digest": _digest(content)}, indent=2, ensure_ascii=False)
-            (self.folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
-            for path in [*self._written(), self.folder]:
-                _sync(path)
-            self._move_into_place()
+        text = json.dumps({**content, "digest": _digest(content)}, indent=2, ensure_ascii=False)
+        self._finish(MANIFEST, (text + "\n").encode())
         return EnginePackage(self.destination, manifest)
 
-    def _written(self) -> list[Path]:
-        return sorted(path for path in self.folder.rglob("*") if path.is_file())
-
-    def _move_into_place(self) -> None:
-        if not self.destination.exists():
-            self.folder.rename(self.destination)
-        elif not _exchange(self.folder, self.destination):
-            previous = self.destination.with_name(f".{self.destination.name}.previous")
-            self.destination.rename(previous)
-            try:
-                self.folder.rename(self.destination)
-            except BaseException:
-                previous.rename(self.destination)
-                raise
-            shutil.rmtree(previous, ignore_errors=True)
-        with contextlib.suppress(OSError):  # a folder that may be written but not read: the package is in place
-            _sync(self.destination.parent)
-
-    @property
-    def _prefix(self) -> str:
-        return f".{self.destination.name}.building-"
-
-    def _mend_what_was_killed(self) -> None:
-        """Put back a package that was moved aside, and remove the folders of builds that no process works on."""
-        previous = self.destination.with_name(f".{self.destination.name}.previous")
-        if previous.is_dir():
-            if self.destination.exists():
-                shutil.rmtree(previous, ignore_errors=True)
-            else:
-                previous.rename(self.destination)
-        for path in self.destination.parent.glob(f"{glob.escape(self._prefix)}*.lock"):
-            with contextlib.suppress(OSError), path.open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path.with_suffix(""), ignore_errors=True)
-                path.unlink()
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two folders in one step (Linux renameat2), so that there is never a moment without a package."""
-    exchange, here = 2, -100
-    function = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
-    return function is not None and function(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
-
-
-@contextlib.contextmanager
-def writing_to(path: Path) -> Iterator[None]:
-    """Turn an operating system's refusal to write into an `OutputError` that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise OutputError.refused(path, error) from error
+    def _check(self) -> None:
+        if self.destination.is_symlink():
+            self.destination = Path(os.path.realpath(self.destination))
+        if not str(self.destination).isprintable():
+            raise OutputError(f"the name {str(self.destination)!a} can't be printed", "Use another name with -o")
+        if (self.destination.parent / MANIFEST).is_file():
+            raise OutputError(f"'{self.destination}' lies inside another package", "Name another place with -o")
+        if self.destination.exists() and not (self.destination / MANIFEST).is_file():
+            raise OutputError(
+                f"'{self.destination}' exists and is not an engine package",
+                "Name another place with -o, or move it away",
+            )
 
 
 def _verified(path: Path) -> Manifest:
@@ -389,12 +296,3 @@ def _entry(path: Path) -> FileEntry:
 def _digest(content: dict[str, Any]) -> str:
     content = {key: value for key, value in content.items() if key != "digest"}
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Wait until the data is on the disk: a power cut after the rename must not leave empty files."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -174,9 +174,10 @@ def doctor_table(diagnosis: Diagnosis) -> Group:
         table.add_column(overflow="fold")
     for check in diagnosis.checks:
         mark = Text("ok", "green") if check.fine else Text("no", "bold red")
-        table.add_row(mark, check.what, Text(check.finding))
+        table.add_row(mark, Text(check.what), Text(check.finding))  # plain text: brackets are no markup
     device = diagnosis.device
-    where = f"Jetson: {device.jetson}" if device.jetson else f"Python {device.python}"
+    jetson = f"Jetson Linux {device.l4t}" if device.l4t else f"Jetson: {device.jetson}"
+    where = f"{jetson}, Python {device.python}" if device.jetson else f"Python {device.python}"
     return Group(Text(device.line(), "bold"), Text(where), table)
 
 

@@ -25,6 +25,7 @@ TINY = {
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["DAPO_EDGE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["DAPO_EDGE_DEVICE_KEY"] = str(tmp_path_factory.mktemp("key") / "device.key")
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 
 from dapo_edge.errors import OutputError, PackageDamaged, PackageError, PackageIncompatible
-from dapo_edge.package import ENCODER, MANIFEST, PROMPTS, REPORT, THRESHOLDS, EnginePackage, PackageWriter, _digest
+from dapo_edge.package import (
+    ENCODER,
+    MANIFEST,
+    PROMPTS,
+    REFERENCE,
+    REPORT,
+    THRESHOLDS,
+    EnginePackage,
+    PackageWriter,
+    _digest,
+)
 from dapo_edge.prompt_bank import PromptBank
 
 
@@ -24,14 +34,14 @@ def rewrite(path: Path, **changes: Any) -> None:
 def test_round_trip(package: EnginePackage) -> None:
     opened = EnginePackage.open(package.path)
     assert opened.manifest == package.manifest
-    assert set(opened.manifest.files) == {ENCODER, PROMPTS, REPORT, THRESHOLDS}
+    assert set(opened.manifest.files) == {ENCODER, PROMPTS, REFERENCE, REPORT, THRESHOLDS}
     assert opened.bank().names == ("normal", "scratch", "missing part", "glue")
     assert opened.thresholds().frames == 8
     assert opened.report()["precisions"]["fp32"]["token_cosine_min"] > 0.9999
     assert len(opened.digest) == 64
 
 
-@pytest.mark.parametrize("name", [ENCODER, PROMPTS, REPORT, THRESHOLDS])
+@pytest.mark.parametrize("name", [ENCODER, PROMPTS, REFERENCE, REPORT, THRESHOLDS])
 def test_missing_truncated_and_edited_files(package_copy: Path, name: str) -> None:
     whole = (package_copy / name).read_bytes()
     (package_copy / name).write_bytes(whole[:-1])
@@ -168,7 +178,7 @@ def test_replacing_a_package_is_one_step(package: EnginePackage, package_copy: P
 def test_replacing_where_folders_cannot_be_exchanged(
     package: EnginePackage, package_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dapo_edge.package._exchange", lambda one, other: False)
+    monkeypatch.setattr("dapo_edge.folders._exchange", lambda one, other: False)
     with PackageWriter(package_copy) as writer:
         copied_into(writer, package, name="second")
     assert EnginePackage.open(package_copy).manifest.name == "second"

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Self
 
-from dapo_edge.backends import model_cache
+from dapo_edge import cache as compiled_cache
 from dapo_edge.backends.base import MapBatch, MapSize, View, check_bank, map_pixels
 from dapo_edge.backends.host import make_maps, resize_view
 from dapo_edge.device import cpu_name, usable_cores
@@ -22,6 +22,7 @@ from dapo_edge.prompt_bank import PromptBank
 
 # What OpenVINO calls a float type, by the names used here; the first that a CPU computes natively is its fast type.
 FAST_TYPES = {"BF16": "bf16", "FP16": "fp16"}
+KIND = "openvino"  # in the cache
 HINT_OF = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 
 
@@ -61,7 +62,7 @@ class OpenVinoBackend:
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": HINT_OF["fp32" if wanted == "fp32" else _fast_type(core)],
         }
-        key = model_cache.key_of(
+        key = compiled_cache.key_of(
             package.manifest.files[ENCODER].sha256,
             package.manifest.preprocessing,
             _shapes_of(package.manifest),
@@ -81,7 +82,7 @@ class OpenVinoBackend:
                     "Update OpenVINO, or build the package again with this machine's versions",
                 ) from error
             if cache:
-                model_cache.store(key, model.export_model().getvalue())
+                compiled_cache.store(KIND, key, model.export_model().getvalue())
         return cls(package, model, model.create_infer_request(), map_size)
 
     def infer(self, views: Sequence[View]) -> MapBatch:
@@ -149,7 +150,7 @@ class OpenVinoBackend:
 
 
 def _cached(core: Any, key: str, properties: dict[str, str]) -> Any | None:
-    blob = model_cache.load(key)
+    blob = compiled_cache.load(KIND, key)
     if blob is None:
         return None
     try:

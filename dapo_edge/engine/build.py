@@ -13,23 +13,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dapo_edge import __version__
+from dapo_edge import __version__, gate
 from dapo_edge.backends.base import Backend
 from dapo_edge.backends.openvino import OpenVinoBackend
 from dapo_edge.calibration.thresholds import threshold_at
 from dapo_edge.config import Recipe
 from dapo_edge.data import protocol
 from dapo_edge.device import cpu_name
-from dapo_edge.engine import gate
 from dapo_edge.engine.export import export_encoder
 from dapo_edge.engine.frames import build_frames
+from dapo_edge.engine.ranges import RangeProbe
+from dapo_edge.engine.reference_data import RecordingBackend
 from dapo_edge.errors import RecipeError
+from dapo_edge.folders import writing_to
 from dapo_edge.kernels.map_spec import MapSize, MapSpec
-from dapo_edge.models.eager import EagerBackend
 from dapo_edge.models.method import Method, method_class, method_of
 from dapo_edge.package import (
     ENCODER,
     PROMPTS,
+    REFERENCE,
     REPORT,
     SUFFIX,
     THRESHOLDS,
@@ -37,9 +39,9 @@ from dapo_edge.package import (
     PackageWriter,
     Preprocessing,
     Thresholds,
-    writing_to,
 )
 from dapo_edge.prompt_bank import PromptBank
+from dapo_edge.reference_data import ReferenceData
 
 REPORT_SCHEMA = "dapo-edge report 1"
 MIN_CALIBRATION_FRAMES = 8
@@ -87,7 +89,9 @@ def build(
         draft = writer.draft(_manifest_fields(job))
         thresholds = _calibrated(job, draft)
         writer.write(THRESHOLDS, _as_bytes(thresholds.model_dump(mode="json")))
-        writer.write(REPORT, _as_bytes(_passed_gate(job, draft, thresholds)))
+        report, reference = _passed_gate(job, draft, thresholds)
+        writer.write(REPORT, _as_bytes(report))
+        writer.write(REFERENCE, reference.to_bytes())
         on_progress("writing the package", 0, 1)
         package = writer.commit(_manifest_fields(job))
         on_progress("writing the package", 1, 1)
@@ -167,15 +171,19 @@ def _calibrated(job: _Job, draft: EnginePackage) -> Thresholds:
     )
 
 
-def _passed_gate(job: _Job, draft: EnginePackage, thresholds: Thresholds) -> dict[str, Any]:
-    """Compare FP32, and the recipe's precision, with eager torch. Raises `GateError`."""
+def _passed_gate(job: _Job, draft: EnginePackage, thresholds: Thresholds) -> tuple[dict[str, Any], ReferenceData]:
+    """Compare FP32, and the recipe's precision, with eager torch. Raises `GateError`.
+
+    Returns the report, and what a device needs to compare its own encoder with eager torch.
+    """
     recipe = job.recipe
     first = protocol.first_picture(protocol.GATE, recipe.seed, recipe.gate.count)
     views = build_frames(recipe.gate.frames, recipe.gate.count, good_only=False, seed=first)
     done = itertools.count(1)
     job.progress("accuracy gate", 0, len(views))
     with contextlib.ExitStack() as stack:
-        eager = stack.enter_context(EagerBackend(job.method, job.bank, job.spec))
+        probe = RangeProbe(draft.encoder_bytes())
+        eager = stack.enter_context(RecordingBackend(job.method, job.bank, job.spec, probe, len(views)))
         compiled: dict[str, Backend] = {
             precision: stack.enter_context(_open(draft, precision))
             for precision in dict.fromkeys(("fp32", recipe.precision))
@@ -184,8 +192,11 @@ def _passed_gate(job: _Job, draft: EnginePackage, thresholds: Thresholds) -> dic
             eager, compiled, views, thresholds, lambda: job.progress("accuracy gate", next(done), len(views))
         )
     gate.check_export(drifts["fp32"])
-    gate.check_limits(recipe.precision, drifts[recipe.precision], recipe.gate)
-    return {
+    remedy = (
+        "Nothing was written. Build with precision: fp32, or widen the limits under 'gate' if the drift is acceptable"
+    )
+    gate.check_limits(f"precision {recipe.precision}", drifts[recipe.precision], recipe.gate, remedy)
+    report = {
         "schema": REPORT_SCHEMA,
         "device": cpu_name(),
         "reference": {"backend": "eager torch fp32", "encode_ms": eager_ms},
@@ -193,6 +204,7 @@ def _passed_gate(job: _Job, draft: EnginePackage, thresholds: Thresholds) -> dic
         "limits": recipe.gate.model_dump(mode="json"),
         "precisions": {precision: asdict(drift) for precision, drift in drifts.items()},
     }
+    return report, eager.recorded()
 
 
 def _open(draft: EnginePackage, precision: str, map_size: MapSize = "model") -> OpenVinoBackend:

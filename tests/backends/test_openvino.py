@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from banks import contrasting_bank, has_fast_type
 
-from dapo_edge import Inspector, open_source
-from dapo_edge.backends import model_cache
+from dapo_edge import Inspector, cache, open_source
 from dapo_edge.backends.base import backend_class
 from dapo_edge.backends.openvino import OpenVinoBackend
 from dapo_edge.errors import BackendError, PackageDamaged, RecipeError
@@ -163,17 +162,6 @@ def test_a_damaged_cache_is_compiled_again_never_used(
     assert "is damaged: compiled again" in caplog.text
 
 
-def test_the_cache_forgets_what_was_not_used_for_long(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DAPO_EDGE_CACHE", str(tmp_path))
-    monkeypatch.setattr(model_cache, "MAX_BYTES", 250)
-    for age, key in enumerate(("old", "older", "oldest")):
-        model_cache.store(key, bytes(68))
-        (path,) = tmp_path.rglob(f"{key}.blob")
-        os.utime(path, (1e9 - age, 1e9 - age))
-    model_cache.store("new", bytes(68))
-    assert sorted(path.stem for path in tmp_path.rglob("*.blob")) == ["new", "old"]
-
-
 def test_no_cache_folder_is_said_not_hidden(
     package: EnginePackage, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -187,7 +175,7 @@ def test_a_blob_that_openvino_refuses_is_compiled_again(
     package: EnginePackage, picture: Any, cached: tuple[Path, np.ndarray], caplog: pytest.LogCaptureFixture
 ) -> None:
     blob, expected = cached
-    model_cache.store(blob.stem, b"from another OpenVINO")
+    cache.store("openvino", blob.stem, b"from another OpenVINO")
     for _ in range(2):
         with OpenVinoBackend.open(package, map_size="model") as again:
             np.testing.assert_array_equal(again.infer([picture]).anomaly, expected)
@@ -204,13 +192,6 @@ def test_an_encoder_replaced_after_opening_is_not_run(
     with pytest.raises(PackageDamaged, match="was replaced after the package was opened"):
         OpenVinoBackend.open(opened, map_size="model")
     assert not list((tmp_path / "cache").rglob("*.blob"))
-
-
-def test_no_home_makes_no_folder_called_tilde(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DAPO_EDGE_CACHE", "~nosuchuser/cache")
-    assert model_cache.folder() is None
-    assert not list(tmp_path.iterdir())
 
 
 def test_memory_stays_flat(package: EnginePackage) -> None:

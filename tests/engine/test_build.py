@@ -12,8 +12,8 @@ import torch
 from banks import has_fast_type
 from PIL import Image
 
+from dapo_edge import gate
 from dapo_edge.config import parse_recipe
-from dapo_edge.engine import gate
 from dapo_edge.engine.build import build
 from dapo_edge.engine.export import export_encoder
 from dapo_edge.errors import BackendError, GateError, OutputError, RecipeError
@@ -46,7 +46,7 @@ def test_manifest_and_report(package: EnginePackage) -> None:
 
 def test_same_recipe_gives_the_same_files(package: EnginePackage, tiny_fields: dict[str, Any], tmp_path: Path) -> None:
     again = build(parse_recipe(tiny_fields), tmp_path / "again.dapo")
-    for name in ("encoder.onnx", "prompts.safetensors"):
+    for name in ("encoder.onnx", "prompts.safetensors", "reference.safetensors"):
         assert again.manifest.files[name] == package.manifest.files[name], name
 
 
@@ -100,9 +100,9 @@ def drift(**changes: Any) -> gate.Drift:
 )
 def test_limits(tiny_fields: dict[str, Any], changes: dict[str, float]) -> None:
     limits = parse_recipe(tiny_fields).gate
-    gate.check_limits("fp16", drift(), limits)
-    with pytest.raises(GateError, match="precision fp16 failed the accuracy gate"):
-        gate.check_limits("fp16", drift(**changes), limits)
+    gate.check_limits("precision fp16", drift(), limits, "Do this")
+    with pytest.raises(GateError, match=r"precision fp16 failed the accuracy gate: .*Do this"):
+        gate.check_limits("precision fp16", drift(**changes), limits, "Do this")
 
 
 @pytest.mark.parametrize(

@@ -108,11 +108,11 @@ def check_export(drift: Drift) -> None:
     )
 
 
-def check_limits(precision: str, drift: Drift, limits: Gate) -> None:
-    """Refuse a precision that leaves the recipe's limits. Raises `GateError`."""
+def check_limits(what: str, drift: Drift, limits: Gate, remedy: str) -> None:
+    """Refuse what leaves the recipe's limits. Raises `GateError`."""
     flips = drift.flips or 0.0
     _refuse(
-        f"precision {precision}",
+        what,
         {
             f"map difference {drift.map_difference_max:.3g} > {limits.max_map_difference}": drift.map_difference_max
             <= limits.max_map_difference,
@@ -121,7 +121,7 @@ def check_limits(precision: str, drift: Drift, limits: Gate) -> None:
             ),
             f"verdict flips {flips:.2%} > {limits.max_flips:.2%}": flips <= limits.max_flips,
         },
-        "Nothing was written. Build with precision: fp32, or widen the limits under 'gate' if you can accept the drift",
+        remedy,
     )
 
 
