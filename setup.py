@@ -24,7 +24,8 @@ EXTRAS = {
     # An ARM board such as a Jetson brings its own OpenCV (with GStreamer): a second one would shadow it.
     "cpu": ["openvino>=2024.4", "opencv-python-headless>=4.8; platform_machine != 'aarch64'"],
     "build": ["torch>=2.6", "torchvision", "open_clip_torch>=3.3", "onnx>=1.16", "matplotlib>=3.8", "jinja2>=3.1"],
-    "gpu": ["pycuda>=2024.1"],  # TensorRT is detected, never installed from here: it belongs to the device
+    # TensorRT is detected, never installed from here: it belongs to the device.
+    "gpu": ["pycuda>=2024.1", "onnx>=1.16"],
     "dev": [
         "pytest>=8",
         "hypothesis>=6.100",
@@ -34,6 +35,7 @@ EXTRAS = {
         "ruff>=0.6",
         "mypy>=1.11",
         "types-PyYAML",
+        "nvidia-cuda-nvrtc-cu12==12.6.*; sys_platform == 'linux'",  # compiles the kernels as JetPack 6 does, GPU or not
     ],
 }
 
@@ -54,6 +56,8 @@ setup(
             "evaluation/*.j2",
             "data/*.yaml",
             "data/defects/*.yaml",
+            "kernels/*.cu",
+            "kernels/*.cuh",
             "py.typed",
         ]
     },

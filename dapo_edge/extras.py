@@ -15,7 +15,7 @@ EXTRA_OF_MODULE = {
     "openvino": "cpu",
     "jinja2": "build",
     "matplotlib": "build",
-    "onnx": "build",
+    "onnx": "build",  # and gpu, where a device compiles
     "open_clip": "build",
     "torch": "build",
     "torchvision": "build",

@@ -31,6 +31,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
         "dapo_edge/data/surfaces-v1.yaml",
         "dapo_edge/data/defects/visa.yaml",
         "dapo_edge/models/ensemble.yaml",
+        "dapo_edge/kernels/common.cuh",
+        "dapo_edge/kernels/defect_map.cu",
+        "dapo_edge/kernels/preprocess.cu",
         "dapo_edge/py.typed",
     ):
         assert needed in files

@@ -1,0 +1,138 @@
+"""What a camera delivers, and how it becomes the encoder's input: the definition of `preprocess.cu` in NumPy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dapo_edge.errors import FrameError
+from dapo_edge.kernels.resample import TapTable
+
+Bytes = NDArray[np.uint8]
+FloatArray = NDArray[np.float32]
+
+# In the order of `Format` in preprocess.cu. BayerRG8 is GenICam's name: red at the top left, then green.
+PixelFormat = Literal["BGR8", "RGB8", "GRAY8", "BayerRG8", "NV12"]
+FORMATS: tuple[PixelFormat, ...] = get_args(PixelFormat)
+_BYTES_PER_PIXEL = {"BGR8": 3, "RGB8": 3, "GRAY8": 1, "BayerRG8": 1, "NV12": 1}
+
+
+@dataclass(frozen=True, eq=False)
+class PixelView:
+    """A camera's own bytes, and the part of the picture that is looked at. Nothing is copied.
+
+    `data` holds one row of the picture per row; its rows may be longer than the picture (pitch). NV12 has its chroma
+    rows, ceil(height / 2) of them, below the luma rows. Raises `FrameError` where these don't fit together.
+    """
+
+    data: Bytes  # [rows, pitch]
+    format: PixelFormat
+    width: int  # of the whole picture, px
+    height: int
+    crop: tuple[int, int, int, int] | None = None  # left, top, width, height; None: all of it
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise FrameError(f"unknown pixel format {self.format!r:.40}", f"Use one of {', '.join(FORMATS)}")
+        data = self.data
+        if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2:
+            raise FrameError("a camera's bytes must be a uint8 array [rows, pitch]", "Reshape the buffer first")
+        row_bytes = self.width * _BYTES_PER_PIXEL[self.format]
+        rows = self.height
+        if self.format == "NV12":
+            row_bytes += self.width % 2
+            rows += -(-self.height // 2)
+        if min(self.width, self.height) < 2 or data.shape[0] < rows or data.shape[1] < row_bytes:
+            raise FrameError(
+                f"{list(data.shape)} bytes don't hold {self.width} x {self.height} px of {self.format}, which need "
+                f"[{rows}, {row_bytes}] and 2 px per side",
+                "Check the camera's width, height, pitch and pixel format",
+            )
+        left, top, width, height = self.window
+        if min(left, top) < 0 or min(width, height) < 1 or left + width > self.width or top + height > self.height:
+            raise FrameError(
+                f"the crop {self.crop} leaves the picture of {self.width} x {self.height} px", "Make it smaller"
+            )
+
+    @property
+    def window(self) -> tuple[int, int, int, int]:
+        """Left, top, width and height of the part that is looked at, px."""
+        return self.crop or (0, 0, self.width, self.height)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of the part that is looked at, as an image: height, width, 3."""
+        return self.window[3], self.window[2], 3
+
+    def rgb(self) -> Bytes:
+        """The part that is looked at, [H, W, 3] RGB."""
+        left, top, width, height = self.window
+        return to_rgb(self.data, self.format, self.width, self.height)[top : top + height, left : left + width]
+
+
+def to_rgb(data: Bytes, pixel_format: PixelFormat, width: int, height: int) -> Bytes:
+    """A whole picture, `data` [rows, pitch] to [height, width, 3] RGB uint8.
+
+    BayerRG8 is demosaiced bilinearly, mirrored at the border; NV12 is BT.601 with limited range, each chroma pair for
+    its four pixels, in the fixed point of OpenCV (https://docs.opencv.org/4.x/de/d25/imgproc_color_conversions.html).
+    """
+    if pixel_format in ("BGR8", "RGB8"):
+        pixels = data[:height, : 3 * width].reshape(height, width, 3)
+        return pixels if pixel_format == "RGB8" else pixels[..., ::-1]
+    plane = data[:height, :width]
+    if pixel_format == "GRAY8":
+        return np.repeat(plane[..., None], 3, axis=2)
+    if pixel_format == "NV12":
+        return _from_nv12(plane, data[height:, : width + width % 2])
+    return _demosaic(plane)
+
+
+def preprocess(
+    rgb: Bytes,  # [H, W, 3]
+    rows: TapTable,  # H to S
+    columns: TapTable,  # W to S
+    mean: tuple[float, float, float],  # of RGB in [0, 1]
+    std: tuple[float, float, float],
+) -> FloatArray:
+    """The encoder's input [3, S, S] float32: columns, then rows, both rounded to bytes as Pillow does, normalised."""
+    pixels = rgb.astype(np.float32)
+    narrow = np.clip(np.rint(columns.apply(pixels, axis=1)), 0, 255)
+    small = np.clip(np.rint(rows.apply(narrow, axis=0)), 0, 255)
+    normalised = (small / 255 - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+    return np.ascontiguousarray(normalised.transpose(2, 0, 1), np.float32)
+
+
+def _demosaic(mosaic: Bytes) -> Bytes:
+    """RGGB to RGB: of each pixel's colours one is there, the others are means of the nearest ones, rounded up."""
+    padded = np.pad(mosaic, 1, mode="reflect").astype(np.int32)
+    height, width = mosaic.shape
+
+    def shifted(down: int, right: int) -> NDArray[np.int32]:
+        return padded[1 + down : 1 + down + height, 1 + right : 1 + right + width]
+
+    centre = shifted(0, 0)
+    beside = (shifted(0, -1) + shifted(0, 1) + 1) // 2
+    upright = (shifted(-1, 0) + shifted(1, 0) + 1) // 2
+    cross = (shifted(0, -1) + shifted(0, 1) + shifted(-1, 0) + shifted(1, 0) + 2) // 4
+    corners = (shifted(-1, -1) + shifted(-1, 1) + shifted(1, -1) + shifted(1, 1) + 2) // 4
+    odd_row = np.arange(height)[:, None] % 2 == 1
+    odd_column = np.arange(width)[None] % 2 == 1
+    green_here = odd_row != odd_column
+    red = np.where(green_here, np.where(odd_row, upright, beside), np.where(odd_row, corners, centre))
+    green = np.where(green_here, centre, cross)
+    blue = np.where(green_here, np.where(odd_row, beside, upright), np.where(odd_row, centre, corners))
+    return np.stack([red, green, blue], axis=2).astype(np.uint8)
+
+
+def _from_nv12(luma: Bytes, chroma: Bytes) -> Bytes:
+    height, width = luma.shape
+    pairs = chroma[: -(-height // 2)].reshape(-1, chroma.shape[1] // 2, 2).astype(np.int32) - 128
+    spread = pairs.repeat(2, axis=0)[:height].repeat(2, axis=1)[:, :width]
+    blue, red = spread[..., 0], spread[..., 1]
+    bright = np.maximum(luma.astype(np.int32) - 16, 0) * 1220542
+    channels = (1673527 * red, -852492 * red - 409993 * blue, 2116026 * blue)
+    fixed = np.stack([(bright + channel + (1 << 19)) >> 20 for channel in channels], axis=2)
+    return np.clip(fixed, 0, 255).astype(np.uint8)
