@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dapo_edge import __version__
+from dapo_edge.cli_compile import compile_
 from dapo_edge.cli_eval import evaluate
 from dapo_edge.cli_workshop import build, demo, synth, tune
 from dapo_edge.errors import DapoEdgeError, OutputError, SourceError
@@ -97,7 +98,7 @@ def commands() -> None:
     """Build CLIP defect-map engines and run them on camera frames."""
 
 
-for _command in (build, tune, evaluate, synth, demo):
+for _command in (build, compile_, tune, evaluate, synth, demo):
     commands.add_command(_command)
 
 

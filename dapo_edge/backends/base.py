@@ -13,10 +13,11 @@ from typing_extensions import Self
 
 from dapo_edge.errors import RecipeError, did_you_mean
 from dapo_edge.kernels.map_spec import MapSize
+from dapo_edge.kernels.pixels import PixelView
 from dapo_edge.package import EnginePackage
 from dapo_edge.prompt_bank import PromptBank
 
-View = NDArray[np.uint8]  # [H, W, 3] BGR
+View = NDArray[np.uint8] | PixelView  # [H, W, 3] BGR, or a camera's own bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +46,7 @@ class Backend(Protocol):
         ...
 
     def infer(self, views: Sequence[View]) -> MapBatch:
-        """Inspect views of any size; with a map of the frame's size they must all have one size."""
+        """Inspect views of any size and pixel format; with a map of the frame's size they must all have one size."""
         ...
 
     def encode(self, views: Sequence[View]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -67,6 +68,7 @@ class Backend(Protocol):
 
 BACKENDS: dict[str, str] = {
     "openvino": "dapo_edge.backends.openvino:OpenVinoBackend",
+    "tensorrt": "dapo_edge.backends.tensorrt:TensorRtBackend",
 }
 
 

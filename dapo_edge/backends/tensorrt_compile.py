@@ -1,0 +1,261 @@
+"""ONNX → TensorRT plan on this device, judged by the package's own reference before it may be used."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import platform
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import Self
+
+from dapo_edge import cache, gate, targets
+from dapo_edge.backends import onnx_flavours, trt_api
+from dapo_edge.backends.base import MapBatch, MapSize, View
+from dapo_edge.backends.cuda import Cuda
+from dapo_edge.backends.host import make_maps
+from dapo_edge.backends.tensorrt import TensorRtBackend, check_limits
+from dapo_edge.backends.trt_report import Attention, attention_fused
+from dapo_edge.config import packaged_recipe
+from dapo_edge.errors import BackendError, PackageIncompatible, RecipeError
+from dapo_edge.kernels.compile import Cubin, compile_kernels
+from dapo_edge.package import ENCODER, EnginePackage
+from dapo_edge.prompt_bank import PromptBank
+from dapo_edge.reference_data import ReferenceData
+from dapo_edge.targets import KERNELS, PLAN, TIMING, Fingerprint, Target, TargetWriter, target_id
+
+CACHE_KIND = "tensorrt"
+FLAVOURS = ("fp32", "fp16")
+
+_NO_REFERENCE = "Build it again with this dapo-edge: dapo-edge build RECIPE"
+
+Progress = Callable[[str, int, int], None]  # step in words, done, of
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A new target in its package."""
+
+    folder: Path
+    target: Target
+
+
+@dataclass(frozen=True, eq=False)
+class _Device:
+    cuda: Cuda
+    trt: trt_api.TensorRT
+    fingerprint: Fingerprint
+
+
+def compile_package(
+    package: EnginePackage,
+    *,
+    precision: str | None = None,
+    workspace_bytes: int | None = None,
+    optimization_level: int = 3,
+    on_progress: Progress = lambda step, done, of: None,
+) -> Compiled:
+    """Compile a package for this device's GPU, in the package's own precision or another (fp32, fp16).
+
+    Takes minutes; a timing cache makes the next time shorter. Raises `BackendError` without a GPU or where TensorRT
+    gives up, `DependencyMissing` without TensorRT, pycuda or a CUDA compiler, `GateError` when the plan computes
+    something else than the package's reference, `PackageIncompatible` for a package without one, `RecipeError` beyond
+    the kernels' limits. Then nothing is written, and an older target stays as it was.
+    """
+    started = time.monotonic()
+    precision = precision or package.manifest.precision
+    if precision not in FLAVOURS:
+        raise RecipeError(f"unknown precision '{precision}'", f"Use {' or '.join(FLAVOURS)}")
+    options = trt_api.BuildOptions(precision, workspace_bytes, optimization_level)  # bad ones show at once
+    check_limits(package.manifest, package.bank())
+    reference = package.reference()
+    if reference is None:
+        raise PackageIncompatible(
+            f"'{package.path}' was built before packages carried a reference to judge a plan by",
+            _NO_REFERENCE,
+        )
+    with _opened_device() as device:
+        id = target_id(device.fingerprint, precision)
+        with TargetWriter(package.path, id) as writer:
+            on_progress("compiling the kernels", 0, 1)
+            cubin = compile_kernels(device.cuda.sm, driver_cuda=device.cuda.driver_cuda)
+            writer.write(KERNELS, cubin.data)
+            on_progress("preparing the encoder", 0, 1)
+            flavour = _flavour(package, precision, reference)
+            options = replace(options, fp32_nodes=flavour.islands)
+            built = _build(device, flavour, options, on_progress)
+            writer.write(PLAN, built.plan)
+            writer.write(TIMING, built.timing_cache)
+            attention = attention_fused(built.layers, _attention_blocks(flavour.model))
+            _tell_attention(attention)
+            drift = _passed_gate(package, device, cubin, built.plan, precision, reference, on_progress)
+            target = writer.commit(
+                {
+                    "fingerprint": device.fingerprint,
+                    "precision": precision,
+                    "batch": package.manifest.batch,
+                    "encoder_sha256": package.manifest.files[ENCODER].sha256,
+                    "kernels": {"source_sha256": cubin.source_sha256, "toolkit": cubin.toolkit},
+                    "options": {"workspace_bytes": workspace_bytes, "optimization_level": optimization_level},
+                    "attention": asdict(attention),
+                    "islands": flavour.islands,
+                    "gate": asdict(drift),
+                    "layers": _summary(built),
+                    "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+                    "seconds": round(time.monotonic() - started, 1),
+                }
+            )
+        on_progress("writing the target", 1, 1)
+        return Compiled(writer.destination, target)
+
+
+@contextlib.contextmanager
+def _opened_device() -> Any:
+    with Cuda.open() as cuda:
+        trt = trt_api.load()
+        fingerprint = targets.fingerprint_here()
+        if fingerprint is None:
+            raise BackendError(targets.missing_here(), "See what this machine lacks: dapo-edge doctor")
+        yield _Device(cuda, trt, fingerprint)
+
+
+def _flavour(package: EnginePackage, precision: str, reference: ReferenceData) -> onnx_flavours.Flavour:
+    model = package.encoder_bytes()
+    if precision == "fp32":
+        return onnx_flavours.fp32_flavour(model)
+    flavour = onnx_flavours.fp16_flavour(model, reference.ranges)
+    if flavour.islands:
+        log.warning("%d operators compute in fp32, because their values don't fit into fp16", len(flavour.islands))
+    return flavour
+
+
+def _build(
+    device: _Device, flavour: onnx_flavours.Flavour, options: trt_api.BuildOptions, on_progress: Progress
+) -> trt_api.BuiltPlan:
+    """Build with the timing cache of earlier builds on this very kind of device."""
+    here = device.fingerprint
+    key = cache.key_of(here.gpu, here.sm, here.tensorrt, here.driver_cuda, platform.machine())
+    on_progress("building the plan", 0, 1)
+    built = trt_api.build_plan(
+        device.trt,
+        flavour.model,
+        options,
+        cache.load(CACHE_KIND, key),
+        lambda phase, done, total: on_progress(f"building the plan: {phase}", done, total),
+    )
+    cache.store(CACHE_KIND, key, built.timing_cache)
+    return built
+
+
+def _attention_blocks(model: bytes) -> int:
+    """Softmax operators of the encoder: one in each attention block, and nowhere else."""
+    from dapo_edge.extras import require
+
+    graph = require("onnx").load_from_string(model).graph
+    return sum(node.op_type == "Softmax" for node in graph.node)
+
+
+def _tell_attention(attention: Attention) -> None:
+    if not attention.known:
+        log.warning("this TensorRT does not tell whether attention runs as fused kernels")
+    elif attention.fused < attention.of:
+        log.warning(
+            "attention fused: %d/%d; the others are several times slower. A newer TensorRT may fuse them",
+            attention.fused,
+            attention.of,
+        )
+
+
+def _passed_gate(
+    package: EnginePackage,
+    device: _Device,
+    cubin: Cubin,
+    plan: bytes,
+    precision: str,
+    reference: ReferenceData,
+    on_progress: Progress,
+) -> gate.Drift:
+    """Compare the plan, on the GPU, with what eager torch made of the same views. Raises `GateError`."""
+    on_progress("accuracy gate", 0, len(reference.views))
+    counted = iter(range(1, len(reference.views) + 1))
+    with (
+        RecordedBackend(package, reference) as recorded,
+        TensorRtBackend(package, device.cuda, cubin.data, plan, map_size="model", precision=precision) as compiled,
+    ):
+        drifts, _ = gate.measure_drift(
+            recorded,
+            {precision: compiled},
+            list(reference.views),
+            package.thresholds(),
+            lambda: on_progress("accuracy gate", next(counted), len(reference.views)),
+        )
+    limits = packaged_recipe(package.manifest.recipe).gate
+    remedy = "No target was written. Compile with --precision fp32, or build with wider limits under 'gate'"
+    gate.check_limits(f"the plan in {precision}", drifts[precision], limits, remedy)
+    return drifts[precision]
+
+
+def _summary(built: trt_api.BuiltPlan) -> dict[str, Any]:
+    kinds = Counter(layer.kind or "unknown" for layer in built.layers)
+    return {
+        "count": len(built.layers),
+        "kinds": dict(sorted(kinds.items())),
+        "build_seconds": round(built.seconds, 1),
+        "peak_device_bytes": built.peak_device_bytes,
+    }
+
+
+class RecordedBackend:
+    """Plays back what eager torch made of the stored views, through the map arithmetic of `reference.py`."""
+
+    name = "recorded"
+    device = "recorded at build time"
+    precision = "fp32"
+
+    def __init__(self, package: EnginePackage, data: ReferenceData) -> None:
+        self.bank = package.bank()
+        self._spec = package.manifest.map
+        self._data = data
+        self._place = {view.tobytes(): place for place, view in enumerate(data.views)}
+
+    @classmethod
+    def open(cls, package: EnginePackage, *, map_size: MapSize, precision: str | None = None) -> Self:
+        """Of a package that has a reference."""
+        data = package.reference()
+        if data is None:
+            raise PackageIncompatible(f"'{package.path}' carries no reference", _NO_REFERENCE)
+        return cls(package, data)
+
+    def encode(self, views: Sequence[View]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Tokens and embeddings of stored views; raises `KeyError` for any other."""
+        places = [self._place[np.ascontiguousarray(view).tobytes()] for view in views]
+        return self._data.tokens[places].astype(np.float32), self._data.embeddings[places]
+
+    def infer(self, views: Sequence[View]) -> MapBatch:
+        """Maps of stored views, at the encoder's size."""
+        tokens, embedding = self.encode(views)
+        size = (self._spec.image_size, self._spec.image_size)
+        return MapBatch(*make_maps(tokens, embedding, self.bank, self._spec, size), self.bank, {"encode": 0.0})
+
+    def set_bank(self, bank: PromptBank) -> None:
+        """Compare with other words from the next call on."""
+        self.bank = bank
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
