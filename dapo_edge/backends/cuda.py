@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import importlib
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,9 @@ _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: never waits for the default stream
 _THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may allocate meanwhile
 _EXTERNAL = 1  # CU_EVENT_RECORD_EXTERNAL: inside a graph the event is recorded at each replay, not once at capture
 
-_LOST = "The GPU's context is lost: start the process again; if it comes back, look at dmesg and the GPU's health"
+OLDEST_DRIVER = (11, 4)  # has cuGraphInstantiateWithFlags
+
+_LOST = "The GPU's context may be lost: start the process again; if it comes back, look at dmesg and the GPU's health"
 
 log = logging.getLogger(__name__)
 
@@ -55,16 +58,23 @@ class PinnedBuffer:
 
 
 class Cuda:
-    """One GPU, opened for work. A context manager; used by one thread at a time, whichever that is."""
+    """One GPU, opened for work. A context manager; used by one thread at a time, whichever that is.
+
+    All but `open` and `close` is done inside `with cuda.active()`, where the driver's errors are `BackendError`.
+    """
 
     def __init__(self, gpu: Gpu, api: Any, driver: Any, context: Any) -> None:
         self.gpu = gpu
         self._api = api  # pycuda.driver
         self._driver = driver  # libcuda
         self._context = context
+        self._end = BackendError("this GPU is closed", "Open it again")
         self._allocations: list[DeviceBuffer] = []
         self._pinned: list[PinnedBuffer] = []
         self._events: list[Event] = []
+        self._kernels: list[Kernels] = []
+        self._graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
+        self._stream: Any = None
         with self.active():
             self._stream = api.Stream(_NON_BLOCKING)
         self.stream_handle = int(self._stream.handle)
@@ -90,6 +100,11 @@ class Cuda:
                 f"no GPU can be used: {problem}" if problem else "there is no CUDA driver on this machine, or no GPU",
                 "Run with --backend openvino, or see what is missing: dapo-edge doctor",
             )
+        if tuple(int(part) for part in found[0].driver_cuda.split(".")) < OLDEST_DRIVER:
+            raise BackendError(
+                f"the CUDA driver is of CUDA {found[0].driver_cuda}, which is too old for captured graphs",
+                f"Update the driver to one of CUDA {OLDEST_DRIVER[0]}.{OLDEST_DRIVER[1]} or newer",
+            )
         try:
             api = importlib.import_module("pycuda.driver")
         except ImportError as error:
@@ -97,22 +112,26 @@ class Cuda:
                 f"the Python package 'pycuda' can't be imported ({error})",
                 "Install it with this machine's CUDA toolkit on the PATH: pip install 'dapo-edge[gpu]'",
             ) from error
-        with _explained(api, "the GPU can't be opened"):
+        with _explained(api, "the GPU can't be opened", "End other programs that use it, or look at dmesg"):
             api.init()
             context = api.Device(0).retain_primary_context()  # the one that TensorRT works in
         return cls(found[0], api, device.load_driver(), context)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Make the GPU's context current on this thread for a while."""
-        if self._context is None:
-            raise BackendError("this GPU is closed", "Open it again")
-        self._context.push()
-        try:
-            with _explained(self._api, "the GPU failed"):
+        """Make the GPU's context current on this thread for a while. Raises `BackendError` once it is closed."""
+        context = self._context
+        if context is None:
+            raise BackendError(self._end.cause, self._end.remedy)
+        with _explained(self._api, "the GPU failed"):
+            context.push()
+            try:
                 yield
-        finally:
-            self._api.Context.pop()
+            except BaseException:
+                with contextlib.suppress(self._api.Error):
+                    self._leave(context)
+                raise
+            self._leave(context)
 
     def allocate(self, nbytes: int, purpose: str) -> DeviceBuffer:
         """Device memory. Raises `BackendError` that says how much was asked for, what for, and how much is free."""
@@ -134,6 +153,8 @@ class Cuda:
         content = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
         buffer = self.allocate(content.nbytes, purpose)
         self._api.memcpy_htod(buffer.address, content)
+        # The copy may still be on its way from the driver's staging memory, and our stream doesn't wait for it.
+        self._api.Context.synchronize()
         return buffer
 
     def free(self, buffer: DeviceBuffer) -> None:
@@ -143,7 +164,14 @@ class Cuda:
 
     def pinned(self, nbytes: int) -> PinnedBuffer:
         """Page-locked host memory, zeroed, that the GPU can also reach itself."""
-        array = self._api.pagelocked_empty(max(nbytes, 16), np.uint8, mem_flags=self._api.host_alloc_flags.DEVICEMAP)
+        flags = self._api.host_alloc_flags.DEVICEMAP
+        try:
+            array = self._api.pagelocked_empty(max(nbytes, 16), np.uint8, mem_flags=flags)
+        except self._api.MemoryError as error:
+            raise BackendError(
+                f"the driver gives no {nbytes / 2**20:.1f} MB of page-locked memory ({error})",
+                "Use a smaller batch, map or image size, or end other programs",
+            ) from error
         address = int(array.base.get_device_pointer())
         array[:] = 0
         buffer = PinnedBuffer(array, address)
@@ -168,9 +196,12 @@ class Cuda:
         self._api.memset_d32_async(buffer.address, 0, buffer.nbytes // 4, self._stream)
 
     def load_kernels(self, cubin: bytes) -> Kernels:
-        """Load compiled kernels. Raises `BackendError` when the driver refuses them."""
-        with _explained(self._api, "the driver refuses the compiled kernels"):
-            return Kernels(self._api.module_from_buffer(cubin), self._stream)
+        """Load compiled kernels, to be kept until the GPU is closed. Raises `BackendError` when the driver refuses."""
+        remedy = "Compile the package again on this device (dapo-edge compile PKG), or start the process again"
+        with _explained(self._api, "the driver refuses the compiled kernels", remedy):
+            kernels = Kernels(self._api.module_from_buffer(cubin), self._stream)
+        self._kernels.append(kernels)
+        return kernels
 
     def event(self) -> Event:
         """An event for timing."""
@@ -203,38 +234,76 @@ class Cuda:
             _check(driver, code, "make a graph ready")
         finally:
             driver.cuGraphDestroy(graph)
-        return Graph(driver, executable, handle)
+        captured = Graph(driver, executable, handle)
+        self._graphs.add(captured)
+        return captured
 
     def synchronise(self) -> None:
         """Wait until the stream is empty. Errors of everything before surface here."""
         self._stream.synchronize()
 
     def close(self) -> None:
-        """Free everything. Never raises: after a lost context there is nothing left to free."""
-        if self._context is None:
-            return
-        with contextlib.suppress(Exception), self.active():
-            with contextlib.suppress(Exception):
-                self._stream.synchronize()
-            for event in self._events:
-                event.close()
-            for memory in [buffer.allocation for buffer in self._allocations] + [
-                buffer.array.base for buffer in self._pinned
-            ]:
-                with contextlib.suppress(Exception):
-                    memory.free()
-        self._allocations.clear()
-        self._pinned.clear()
-        self._events.clear()
+        """Free everything, on whichever thread. Never raises: after a lost context there is nothing left to free."""
         context, self._context = self._context, None
+        if context is None:
+            return
         with contextlib.suppress(Exception):
-            context.detach()
+            context.push()
+            with contextlib.suppress(Exception):
+                self._give_back()
+            # A context that is current can be released by every thread. pycuda then takes it off its own stack of
+            # contexts only, not off the driver's, so that happens here.
+            self._driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+        self._forget(context)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def __del__(self) -> None:
+        self.close()  # pycuda itself can't release a primary context, and says so on stderr
+
+    def _leave(self, context: Any) -> None:
+        """Make current again what was before. Raises pycuda's errors."""
+        if self._context is not context:
+            self._api.Context.get_current()  # which takes closed ones off pycuda's stack
+            return
+        try:
+            self._api.Context.pop()
+        except self._api.Error as error:
+            # pycuda ends the whole process if its stack isn't empty when this thread ends.
+            self._end = BackendError(f"the GPU failed ({_words(error)})", _LOST)
+            self._context = None
+            self._forget(context)
+            raise
+
+    def _give_back(self) -> None:
+        # When this fails, the context is lost, all its memory with it, and each further call would only say so.
+        self._stream.synchronize()
+        for graph in list(self._graphs):
+            graph.close()
+        for event in self._events:
+            event.close()
+        for memory in [buffer.allocation for buffer in self._allocations] + [
+            buffer.array.base for buffer in self._pinned
+        ]:
+            memory.free()
+        self._drop()
+
+    def _drop(self) -> None:
+        for kernels in self._kernels:
+            kernels.close()
+        self._stream = None
+        for owned in (self._allocations, self._pinned, self._events, self._kernels):
+            owned.clear()
+
+    def _forget(self, context: Any) -> None:
+        """Release the context; what pycuda's objects held in it goes without a word."""
+        with contextlib.suppress(self._api.Error):
+            context.detach()
+        self._drop()
 
 
 class Kernels:
@@ -256,6 +325,11 @@ class Kernels:
         function.prepared_async_call(
             launch.grid, launch.block, self._stream, bytes(job), shared_size=launch.shared_bytes
         )
+
+    def close(self) -> None:
+        """Unload them."""
+        self._functions.clear()
+        self._module = self._stream = None
 
 
 class Event:
@@ -310,9 +384,13 @@ def _check(driver: Any, code: int, what: str) -> None:
 
 
 @contextlib.contextmanager
-def _explained(api: Any, what: str) -> Iterator[None]:
+def _explained(api: Any, what: str, remedy: str = _LOST) -> Iterator[None]:
     """pycuda's errors as `BackendError`, with the driver's message that they carry."""
     try:
         yield
     except api.Error as error:
-        raise BackendError(f"{what} ({error})", _LOST) from error
+        raise BackendError(f"{what} ({_words(error)})", remedy) from error
+
+
+def _words(error: Exception) -> str:
+    return str(error).removesuffix(" - ")  # what pycuda leaves where the driver's log is empty

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dapo_edge.backends.base import View
-from dapo_edge.backends.cuda import Cuda, DeviceBuffer, Graph, Kernels, PinnedBuffer
+from dapo_edge.backends.cuda import Cuda, DeviceBuffer, Event, Graph, Kernels, PinnedBuffer
 from dapo_edge.backends.trt_api import Engine
 from dapo_edge.errors import BackendError
 from dapo_edge.kernels import launch
@@ -93,12 +93,22 @@ class ViewInput:
         cuda, manifest = shared.cuda, shared.manifest
         self._owned: list[DeviceBuffer] = []
         self._zero_copy = cuda.gpu.integrated  # one memory for both: a copy would only cost time
-        self.staging = [cuda.pinned(shape.rows * shape.pitch) for shape in shapes]
-        self._pixels = [
-            pinned.device_address if self._zero_copy else self._own(pinned.nbytes, "frames").address
-            for pinned in self.staging
-        ]
-        size = manifest.image_size
+        self.staging: list[PinnedBuffer] = []
+        self._pixels: list[int] = []
+        try:
+            self._prepare(manifest)
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self, manifest: Manifest) -> None:
+        shapes, size, shared = self.shapes, manifest.image_size, self._shared
+        for shape in shapes:
+            pinned = shared.cuda.pinned(shape.rows * shape.pitch)
+            self.staging.append(pinned)
+            self._pixels.append(
+                pinned.device_address if self._zero_copy else self._own(pinned.nbytes, "frames").address
+            )
         tables = [(pillow_bicubic(shape.window[3], size), pillow_bicubic(shape.window[2], size)) for shape in shapes]
         on_device: dict[TapTable, tuple[int, int]] = {}
         for table in {table for pair in tables for table in pair}:
@@ -174,9 +184,14 @@ class FramePath:
         self._with_graph = with_graph
         self._owned: list[DeviceBuffer] = []
         self._pinned: list[PinnedBuffer] = []
+        self._events: list[Event] = []
         self.view_input = ViewInput(shared, shapes)
-        self._events = [shared.cuda.event() for _ in range(len(STAGES) + 1)]
-        self._prepare_map(map_size)
+        try:
+            self._events += [shared.cuda.event() for _ in range(len(STAGES) + 1)]
+            self._prepare_map(map_size)
+        except BaseException:  # too little memory, for instance: other paths go on
+            self.close()
+            raise
 
     def run(self, views: Sequence[View], channels: int) -> MapResult:
         """Inspect one batch. The first one runs plainly, then is captured and repeated, and both must agree."""

@@ -146,9 +146,10 @@ class TensorRtBackend:
 
     def _encode_chunk(self, views: Sequence[View]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         shared, manifest, count = self._shared, self._manifest, len(views)
-        view_input = ViewInput(shared, tuple(ViewShape.of(view) for view in views))
         host_tokens = self._cuda.pinned(shared.tokens.nbytes)
+        view_input = None
         try:
+            view_input = ViewInput(shared, tuple(ViewShape.of(view) for view in views))
             view_input.fill(views)
             view_input.upload()
             view_input.preprocess()
@@ -160,7 +161,8 @@ class TensorRtBackend:
             embedding = shared.host_embedding.array.view(np.float32).reshape(manifest.batch, manifest.dimensions)
             return tokens[:count].astype(np.float32), embedding[:count].copy()
         finally:
-            view_input.close()
+            if view_input:
+                view_input.close()
             self._cuda.unpin(host_tokens)
 
     def _scores(

@@ -1,7 +1,8 @@
 """A GPU for machines without one: pycuda and the driver's library as Python objects, kernels compiled by g++.
 
-Its memory is host memory. Stricter than a real one: work waits in the stream until somebody synchronises, every copy is checked against the live
-allocations, and what may not happen during a capture (allocating, waiting) or without a current context raises.
+Its memory is host memory. Stricter than a real GPU: work waits in the stream until somebody synchronises, every copy is
+checked against the live allocations, and what may not happen during a capture (allocating, waiting) or without a
+current context raises.
 """
 
 from __future__ import annotations
@@ -25,21 +26,34 @@ CUBIN = b"\x7fELF of a GPU that isn't there"
 STREAM_HANDLE = 0x7F00_0000_1234  # does not fit into a C int: who forgets a c_void_p is found out
 
 
+class Stacks(threading.local):
+    """What one thread has pushed: pycuda keeps a stack of its own, and of it only the top in the driver's."""
+
+    def __init__(self) -> None:
+        self.depth = 0  # the driver's
+        self.contexts: list[Any] = []  # pycuda's
+
+    def top(self) -> Any:
+        while self.contexts and not self.contexts[-1].is_valid:
+            self.contexts.pop()
+        return self.contexts[-1] if self.contexts else None
+
+
 class FakeGpu(FakeLibcuda):
     """State of the GPU, and the driver functions that dapo-edge calls by ctypes."""
 
-    def __init__(self, memory: int = 1 << 30, **properties: Any) -> None:
-        super().__init__({**H200, **properties})
+    def __init__(self, memory: int = 1 << 30, version: int = 12060, **properties: Any) -> None:
+        super().__init__({**H200, **properties}, version=version)
         self.memory_left = memory
         self.live: dict[int, np.ndarray] = {}  # address -> bytes, of the device and pinned
         self.queue: list[Callable[[], None]] = []
         self.capturing: list[Callable[[], None]] | None = None
-        self.objects: dict[int, Any] = {}  # graphs, events
+        self.objects: dict[int, Any] = {}  # graphs, events, streams, modules
         self.handles = itertools.count(0x5500_0000_0000)
         self.log: list[str] = []  # what ran, by name
         self.broken: str | None = None  # the message of a sticky error
         self.api = _pycuda_driver(self)
-        self.current = threading.local()
+        self.current = Stacks()
 
     def submit(self, name: str, work: Callable[[], None]) -> None:
         self.check_context()
@@ -51,7 +65,7 @@ class FakeGpu(FakeLibcuda):
         (self.queue if self.capturing is None else self.capturing).append(run)
 
     def check_context(self) -> None:
-        if not getattr(self.current, "depth", 0):
+        if not self.current.depth:
             raise self.api.LogicError("invalid device context")
         if self.broken:
             raise self.api.LaunchError(self.broken)
@@ -77,6 +91,10 @@ class FakeGpu(FakeLibcuda):
         handle = next(self.handles)
         self.objects[handle] = content
         return handle
+
+    def _cuCtxPopCurrent_v2(self, context: Any) -> int:
+        self.current.depth -= 1
+        return 0 if self.current.depth >= 0 else 201
 
     def _cuStreamBeginCapture_v2(self, stream: ctypes.c_void_p, mode: int) -> None:
         assert (stream.value, mode) == (STREAM_HANDLE, 1)
@@ -144,16 +162,40 @@ def _pycuda_driver(gpu: FakeGpu) -> Any:
         pass
 
     class Context:
+        def __init__(self) -> None:
+            self.is_valid, self._thread = True, threading.get_ident()
+
         def push(self) -> None:
-            gpu.current.depth = getattr(gpu.current, "depth", 0) + 1
+            gpu.current.depth += 0 if gpu.current.contexts else 1
+            gpu.current.contexts.append(self)
+
+        @staticmethod
+        def synchronize() -> None:
+            gpu.not_in_capture("cuCtxSynchronize")
 
         @staticmethod
         def pop() -> None:
-            assert gpu.current.depth > 0, "the context stack is empty"
-            gpu.current.depth -= 1
+            stacks = gpu.current
+            stacks.depth -= 1 if stacks.contexts else 0
+            if not stacks.top():
+                raise api.LogicError("context::pop failed: invalid device context - cannot pop non-current context")
+            stacks.contexts.pop()
+            stacks.depth += 1 if stacks.top() else 0
+
+        @staticmethod
+        def get_current() -> Any:
+            return gpu.current.top()
 
         def detach(self) -> None:
+            if not self.is_valid:
+                raise api.LogicError("context::detach failed: invalid device context")
+            was_current = gpu.current.top() is self
+            assert was_current or self._thread == threading.get_ident(), "another thread can't release it like that"
+            self.is_valid = False
             gpu.log.append("detached")
+            # The driver's stack keeps a primary context; what stood below comes on top of it.
+            if not was_current or gpu.current.top():
+                gpu.current.depth += 1
 
     class Device:
         def __init__(self, index: int) -> None:
@@ -162,12 +204,25 @@ def _pycuda_driver(gpu: FakeGpu) -> Any:
         def retain_primary_context(self) -> Context:
             return Context()
 
-    class Stream:
+    class Owned:
+        """What a destructor gives back, silently if its context is closed; else that must be current."""
+
+        def __init__(self, handle: int, content: str) -> None:
+            gpu.check_context()
+            self._context, self._place = gpu.current.top(), handle
+            gpu.objects[handle] = content
+
+        def __del__(self) -> None:
+            if self._context.is_valid:
+                assert gpu.current.top() is self._context, "destroyed where its context isn't current"
+            gpu.objects.pop(self._place, None)
+
+    class Stream(Owned):
         handle = STREAM_HANDLE
 
         def __init__(self, flags: int) -> None:
             assert flags == 1, "the stream must not wait for the default stream"
-            gpu.check_context()
+            super().__init__(STREAM_HANDLE, "stream")
 
         def synchronize(self) -> None:
             gpu.synchronise()
@@ -234,22 +289,28 @@ def _pycuda_driver(gpu: FakeGpu) -> Any:
         gpu.submit("clear", lambda: gpu.bytes_at(target, 4 * count).view(np.uint32).__setitem__(..., value))
 
     class Function:
-        def __init__(self, name: str) -> None:
-            self._name = name
+        def __init__(self, module: Any, name: str) -> None:
+            self._module, self._name = module, name  # a function keeps its module alive
 
         def prepare(self, formats: list[str]) -> None:
             self._size = int(formats[0].rstrip("s"))
 
         def prepared_async_call(self, grid: Any, block: Any, stream: Any, job: bytes, shared_size: int) -> None:
+            assert isinstance(block, tuple) and isinstance(stream, Stream)
+            assert {type(number) for number in (*grid, *block, shared_size)} == {int}, "pycuda takes no NumPy integers"
             assert len(job) == self._size and shared_size <= 48 << 10
             argument = np.frombuffer(job, f"V{len(job)}")[0]
             gpu.submit(self._name, lambda: shipped_module().launch(self._name, grid, block, shared_size, [argument]))
 
-    def module_from_buffer(content: bytes) -> Any:
+    class Module(Owned):
+        def get_function(self, name: str) -> Function:
+            return Function(self, name)
+
+    def module_from_buffer(content: bytes) -> Module:
         gpu.not_in_capture("cuModuleLoadData")
         if not content.startswith(b"\x7fELF"):
-            raise api.LogicError("cuModuleLoadDataEx failed: device kernel image is invalid")
-        return SimpleNamespace(get_function=Function)
+            raise api.LogicError("cuModuleLoadDataEx failed: device kernel image is invalid - ")
+        return Module(next(gpu.handles), "module")
 
     api.Error = Error
     for name in ("LogicError", "MemoryError", "LaunchError", "RuntimeError"):

@@ -150,7 +150,7 @@ def test_a_bank_is_swapped_without_a_new_capture(
 def test_more_types_than_the_kernels_hold_are_refused(backend: TensorRtBackend, sharp: PromptBank) -> None:
     rows = np.eye(66, sharp.dimensions, dtype=np.float32)
     rows[sharp.dimensions :, 0] = 1
-    with pytest.raises(RecipeError, match="1 to 64 defect types, not 65.*openvino"):
+    with pytest.raises(RecipeError, match=r"1 to 64 defect types, not 65.*openvino"):
         backend.set_bank(PromptBank(("normal", *map(str, range(65))), rows))
     assert backend.bank is sharp
 
@@ -210,7 +210,7 @@ def test_everything_is_given_back(compiled: EnginePackage, gpu: FakeGpu, picture
     with TensorRtBackend.open(compiled, map_size="model") as backend:
         backend.infer([picture])
         backend.encode([picture])
-    assert (gpu.live, gpu.objects, gpu.memory_left) == ({}, {}, before)
+    assert (gpu.live, gpu.objects, gpu.memory_left, gpu.current.depth) == ({}, {}, before, 0)
     backend.close()
     with pytest.raises(BackendError, match="this GPU is closed"):
         backend.infer([picture])
@@ -230,7 +230,7 @@ def test_plain_launches_only_where_allowed_and_named(
     gpu.fails["cuStreamBeginCapture_v2"] = 803
     with (
         TensorRtBackend.open(compiled, map_size="model") as backend,
-        pytest.raises(BackendError, match="can't be captured.*unsupported display driver.*DAPO_EDGE_CUDA_GRAPH=off"),
+        pytest.raises(BackendError, match=r"can't be captured.*unsupported display driver.*DAPO_EDGE_CUDA_GRAPH=off"),
     ):
         backend.infer([picture])
     monkeypatch.setenv("DAPO_EDGE_CUDA_GRAPH", "off")
@@ -263,16 +263,34 @@ def test_a_lost_gpu_is_an_error_at_once_and_closes_cleanly(compiled: EnginePacka
         backend.infer([picture])
         gpu.broken = "cuStreamSynchronize failed: an illegal memory access was encountered"
         for _ in range(2):
-            with pytest.raises(BackendError, match="illegal memory access.*start the process again"):
+            with pytest.raises(BackendError, match=r"illegal memory access.*start the process again"):
                 backend.infer([picture])
     assert gpu.log[-1] == "detached"
 
 
 def test_too_little_memory_says_what_for(compiled: EnginePackage, gpu: FakeGpu) -> None:
     gpu.memory_left = 1000
-    with pytest.raises(BackendError, match="no 0.1 MB left for the encoder's input .0.0 of 1024 MB are free.*smaller"):
+    with pytest.raises(BackendError, match=r"no 0.1 MB left for the encoder's input .0.0 of 1024 MB are free.*smaller"):
         TensorRtBackend.open(compiled, map_size="model")
     assert gpu.live == {}
+
+
+def test_too_little_memory_for_one_size_leaves_the_others(backend: TensorRtBackend, gpu: FakeGpu, picture: Any) -> None:
+    before = backend.infer([picture])
+    held = len(gpu.live), len(gpu.objects)
+    for share in (20_000, 60_000, 100_000):
+        left, gpu.memory_left = gpu.memory_left, share
+        with pytest.raises(BackendError, match=r"MB left for (frames|maps|map tables|resampling tables)"):
+            backend.infer([np.zeros((200, 160, 3), np.uint8)])
+        gpu.memory_left = left
+        assert (len(gpu.live), len(gpu.objects)) == held
+    np.testing.assert_array_equal(backend.infer([picture]).anomaly, before.anomaly)
+
+
+def test_an_old_driver_is_named(compiled: EnginePackage, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_cuda.install(monkeypatch, FakeGpu(version=11020))
+    with pytest.raises(BackendError, match=r"of CUDA 11.2, which is too old.*11.4 or newer"):
+        TensorRtBackend.open(compiled, map_size="model")
 
 
 def test_an_engine_that_fails_is_told(backend: TensorRtBackend, tensorrt: Any, picture: Any) -> None:

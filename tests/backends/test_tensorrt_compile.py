@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import shutil
@@ -181,7 +182,7 @@ def test_what_is_missing_is_named_before_anything_is_written(
 def test_packages_without_a_reference_are_sent_back(opened: EnginePackage, machine: Any) -> None:
     files = {name: entry for name, entry in opened.manifest.files.items() if name != REFERENCE}
     old = EnginePackage(opened.path, opened.manifest.model_copy(update={"files": files}))
-    with pytest.raises(PackageIncompatible, match="before packages carried a reference.*Build it again"):
+    with pytest.raises(PackageIncompatible, match=r"before packages carried a reference.*Build it again"):
         compile_package(old)
     with pytest.raises(PackageIncompatible, match="carries no reference"):
         RecordedBackend.open(old, map_size="model")
@@ -211,7 +212,7 @@ def test_the_recorded_reference_is_eager(opened: EnginePackage) -> None:
             recorded.encode([255 - views[0]])
 
 
-def test_from_the_command_line(package_copy: Path, machine: Any, gpu: FakeGpu) -> None:
+def test_from_the_command_line(package_copy: Path, machine: Any, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = CliRunner()
     result = runner.invoke(commands, ["compile", str(package_copy), "--precision", "fp16", "--workspace-mb", "256"])
     assert result.exit_code == 0, result.output
@@ -225,9 +226,18 @@ def test_from_the_command_line(package_copy: Path, machine: Any, gpu: FakeGpu) -
     )
     assert line.exit_code == 0, line.output
     assert json.loads(line.stdout.splitlines()[-1])["summary"]["device"] == "NVIDIA H200, TensorRT 10.3.0"
-    verdicts = {target.id: target.verdict for target in diagnose(package_copy).targets}
-    assert set(verdicts.values()) == {"load"}
-    assert len(verdicts) == 2
+    diagnosis = diagnose(package_copy)
+    assert [target.verdict for target in diagnosis.targets] == ["load", "load"]
+    assert "loads and runs: tensorrt fp32" in diagnosis.checks[-1].finding
+
+    def without_openvino(module: str) -> Any:
+        if module == "openvino":
+            raise DependencyMissing("no openvino", "Install it")
+        return importlib.import_module(module)
+
+    monkeypatch.setattr("dapo_edge.doctor.require", without_openvino)
+    assert diagnose(package_copy).problem is None, "the GPU inspects"
+    assert isinstance(diagnose().problem, DependencyMissing)
 
 
 def test_without_a_gpu_the_command_says_so(package_copy: Path) -> None:
