@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dapo_edge.engine.build import build
     from dapo_edge.errors import DapoEdgeError
     from dapo_edge.outputs.overlay import draw
+    from dapo_edge.kernels.pixels import PixelView
     from dapo_edge.package import EnginePackage
     from dapo_edge.prompt_bank import PromptBank
     from dapo_edge.runtime.inspector import Inspector
@@ -28,6 +29,7 @@ _MODULE_OF = {
     "Frame": "dapo_edge.structures",
     "Inspection": "dapo_edge.structures",
     "Inspector": "dapo_edge.runtime.inspector",
+    "PixelView": "dapo_edge.kernels.pixels",
     "PromptBank": "dapo_edge.prompt_bank",
     "Region": "dapo_edge.structures",
     "build": "dapo_edge.engine.build",
@@ -43,6 +45,7 @@ __all__ = [
     "Frame",
     "Inspection",
     "Inspector",
+    "PixelView",
     "PromptBank",
     "Region",
     "build",

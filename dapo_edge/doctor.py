@@ -49,8 +49,9 @@ def diagnose(package: Path | None = None) -> Diagnosis:
     """Look at this machine and, if named, at a package: its files, its backend, one inspected frame, its targets."""
     device = this_device()
     problems: list[DapoEdgeError] = []
+    on_the_cpu: list[DapoEdgeError] = []  # no problem where a GPU inspects
     checks = [
-        _module("OpenVINO (CPU engine)", "openvino", problems),
+        _module("OpenVINO (CPU engine)", "openvino", on_the_cpu),
         _module("OpenCV (video, regions, overlays)", "cv2", problems),
         _optional("torch (building packages)", "torch" in device.packages, "pip install 'dapo-edge[build]'"),
         _driver(device.gpus),
@@ -58,10 +59,16 @@ def diagnose(package: Path | None = None) -> Diagnosis:
     ]
     targets: tuple[Judgement, ...] = ()
     opened = None if package is None else _opened(package, checks, problems)
+    on_the_gpu: list[DapoEdgeError] = []
+    inspects = False
     if opened is not None:
-        if not problems:
-            checks.append(_inspection(opened, problems))
+        if not problems + on_the_cpu:
+            checks.append(_inspection(opened, "openvino", on_the_cpu))
         targets = _targets(opened, device, checks)
+        if not problems and any(target.verdict == "load" for target in targets):
+            checks.append(_inspection(opened, "tensorrt", on_the_gpu))
+            inspects = not on_the_gpu
+    problems += [] if inspects else on_the_cpu
     return Diagnosis(device, tuple(checks), targets, problems[0] if problems else None)
 
 
@@ -125,17 +132,17 @@ def _opened(path: Path, checks: list[Check], problems: list[DapoEdgeError]) -> E
         return None
 
 
-def _inspection(package: EnginePackage, problems: list[DapoEdgeError]) -> Check:
+def _inspection(package: EnginePackage, backend: str, problems: list[DapoEdgeError]) -> Check:
     import numpy as np
 
     from dapo_edge.runtime.inspector import Inspector
 
-    what = f"package {package.path}"
+    what = f"package {package.path}{' on the GPU' if backend == 'tensorrt' else ''}"
     try:
-        with Inspector(package) as inspector:
+        with Inspector(package, backend=backend) as inspector:
             ms = inspector.inspect(np.zeros((480, 640, 3), np.uint8)).ms["total"]
-            backend = inspector.backend
-            return Check(what, True, f"loads and runs: {backend.name} {backend.precision}, first frame {ms:.0f} ms")
+            precision = inspector.backend.precision
+            return Check(what, True, f"loads and runs: {backend} {precision}, first frame {ms:.0f} ms")
     except DapoEdgeError as error:
         problems.append(error)
         return Check(what, False, str(error))

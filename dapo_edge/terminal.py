@@ -119,7 +119,11 @@ def interrupt() -> None:
 
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Any]:
-    """A bar on a terminal; plain lines, one per step, where stderr is a file."""
+    """A bar on a terminal; plain lines, one per step, where stderr is a file.
+
+    It is called with a step in words, how much is done, and of how much (0: nobody knows). What follows ": " in the step
+    is a detail that may change while the step lasts.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -135,9 +139,10 @@ def progress_bar() -> Iterator[Any]:
         seen: list[str] = []
 
         def line(step: str, done: int, of: int) -> None:
-            if not seen or seen[-1] != step:
-                seen.append(step)
-                say(step)
+            name = step.partition(": ")[0]
+            if not seen or seen[-1] != name:
+                seen.append(name)
+                say(name)
 
         yield line
         return
@@ -152,11 +157,12 @@ def progress_bar() -> Iterator[Any]:
         tasks: dict[str, Any] = {}
 
         def update(step: str, done: int, of: int) -> None:
-            if step not in tasks:
+            name = step.partition(": ")[0]
+            if name not in tasks:
                 for task in tasks.values():
                     bar.update(task, completed=bar.tasks[task].total)
-                tasks[step] = bar.add_task(step, total=of)
-            bar.update(tasks[step], completed=done, total=of)
+                tasks[name] = bar.add_task(step, total=of or None)
+            bar.update(tasks[name], description=step[:60], completed=done, total=of or None)
 
         yield update
         for task in tasks.values():

@@ -7,6 +7,7 @@ import datetime
 import importlib.metadata
 import itertools
 import json
+import logging
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -24,7 +25,7 @@ from dapo_edge.engine.export import export_encoder
 from dapo_edge.engine.frames import build_frames
 from dapo_edge.engine.ranges import RangeProbe
 from dapo_edge.engine.reference_data import RecordingBackend
-from dapo_edge.errors import RecipeError
+from dapo_edge.errors import BackendError, RecipeError
 from dapo_edge.folders import writing_to
 from dapo_edge.kernels.map_spec import MapSize, MapSpec
 from dapo_edge.models.method import Method, method_class, method_of
@@ -47,6 +48,8 @@ REPORT_SCHEMA = "dapo-edge report 1"
 MIN_CALIBRATION_FRAMES = 8
 
 Progress = Callable[[str, int, int], None]  # step in words, done, of
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +185,7 @@ def _passed_gate(job: _Job, draft: EnginePackage, thresholds: Thresholds) -> tup
     done = itertools.count(1)
     job.progress("accuracy gate", 0, len(views))
     with contextlib.ExitStack() as stack:
-        probe = RangeProbe(draft.encoder_bytes())
+        probe = _range_probe(draft)
         eager = stack.enter_context(RecordingBackend(job.method, job.bank, job.spec, probe, len(views)))
         compiled: dict[str, Backend] = {
             precision: stack.enter_context(_open(draft, precision))
@@ -205,6 +208,15 @@ def _passed_gate(job: _Job, draft: EnginePackage, thresholds: Thresholds) -> tup
         "precisions": {precision: asdict(drift) for precision, drift in drifts.items()},
     }
     return report, eager.recorded()
+
+
+def _range_probe(draft: EnginePackage) -> RangeProbe | None:
+    """What measures the activations, or None for an encoder that no GPU engine can be made of: a CPU still runs it."""
+    try:
+        return RangeProbe(draft.encoder_bytes())
+    except BackendError as error:
+        log.warning("this package will run on CPUs only: %s", error.cause)
+        return None
 
 
 def _open(draft: EnginePackage, precision: str, map_size: MapSize = "model") -> OpenVinoBackend:

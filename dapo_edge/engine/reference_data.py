@@ -25,7 +25,7 @@ MAX_VIEWS = 4  # a ViT-L at 518 px makes 8 MB of tokens per view
 class RecordingBackend(EagerBackend):
     """The reference of the gate: every view that it encodes is measured, some evenly spread ones are kept."""
 
-    def __init__(self, method: Method, bank: PromptBank, spec: MapSpec, probe: RangeProbe, frames: int) -> None:
+    def __init__(self, method: Method, bank: PromptBank, spec: MapSpec, probe: RangeProbe | None, frames: int) -> None:
         """`frames` views will come, each by one call of `encode`."""
         super().__init__(method, bank, spec)
         kept = min(MAX_VIEWS, frames)
@@ -43,7 +43,8 @@ class RecordingBackend(EagerBackend):
         Raises `GateError` for tokens that float16, the output type of every plan, can't hold, and for activations that
         are no numbers.
         """
-        self._probe.observe(self.preprocess(views).numpy())
+        if self._probe:
+            self._probe.observe(self.preprocess(views).numpy())
         tokens, embedding = super().encode(views)
         largest = float(np.abs(tokens).max())
         if not largest <= FP16_MAX:
@@ -65,5 +66,5 @@ class RecordingBackend(EagerBackend):
             views=np.stack(self._views),
             tokens=np.concatenate(self._tokens),
             embeddings=np.concatenate(self._embeddings),
-            ranges=self._probe.ranges,
+            ranges=self._probe.ranges if self._probe else {},
         )

@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Self
 
-from dapo_edge.backends.base import Backend, backend_class
+from dapo_edge.backends.base import Backend, View, backend_class
 from dapo_edge.errors import BackendError, FrameError, RecipeError
 from dapo_edge.kernels.map_spec import MapSize, check_map_size
+from dapo_edge.kernels.pixels import PixelView
 from dapo_edge.package import EnginePackage, Thresholds
 from dapo_edge.prompt_bank import PromptBank
 from dapo_edge.runtime.decide import decide, find_regions
@@ -60,8 +61,11 @@ class Inspector:
         self.thresholds = self._own_thresholds
         self._lock = threading.Lock()
 
-    def inspect(self, image: Frame | NDArray[Any]) -> Inspection:
-        """Inspect one BGR image [H, W, 3] uint8 (or grey [H, W]). Raises `FrameError` when it can't be one."""
+    def inspect(self, image: Frame | PixelView | NDArray[Any]) -> Inspection:
+        """Inspect one BGR image [H, W, 3] uint8 (or grey [H, W]), or a camera's own bytes.
+
+        Raises `FrameError` when it can't be one.
+        """
         started = time.perf_counter()
         view = checked_view(image.image if isinstance(image, Frame) else image)
         with self._lock:
@@ -110,8 +114,11 @@ class Inspector:
         self.close()
 
 
-def checked_view(image: NDArray[Any]) -> NDArray[np.uint8]:
-    """Any camera picture as BGR uint8 [H, W, 3], or a `FrameError` that says why not."""
+def checked_view(image: PixelView | NDArray[Any]) -> View:
+    """Any camera picture as BGR uint8 [H, W, 3] or as it came, or a `FrameError` that says why not."""
+    if isinstance(image, PixelView):
+        _check_size(*image.shape[:2])
+        return image
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
         found = f"{image.dtype} array" if isinstance(image, np.ndarray) else type(image).__name__
         raise FrameError(f"a frame must be a uint8 array, not {found}", "Scale it to 0..255 first, by a fixed factor")
@@ -119,11 +126,14 @@ def checked_view(image: NDArray[Any]) -> NDArray[np.uint8]:
         image = np.repeat(image[:, :, None], 3, axis=2)
     if image.ndim != 3 or image.shape[2] not in (1, 3, 4):
         raise FrameError(f"a frame must be [H, W, 3] BGR or [H, W] grey, not {list(image.shape)}", "Convert it first")
-    height, width = image.shape[:2]
+    _check_size(*image.shape[:2])
+    channels = image.shape[2]
+    return np.repeat(image, 3, axis=2) if channels == 1 else image[:, :, :3]
+
+
+def _check_size(height: int, width: int) -> None:
     if min(height, width) < MIN_SIDE_PX or height * width > MAX_PIXELS:
         raise FrameError(
             f"a frame of {width} x {height} px can't be inspected",
             f"Give at least {MIN_SIDE_PX} px per side and at most {MAX_PIXELS // 10**6} million pixels",
         )
-    channels = image.shape[2]
-    return np.repeat(image, 3, axis=2) if channels == 1 else image[:, :, :3]
