@@ -2,7 +2,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-slow lint bench table reference clean
+.PHONY: demo test test-slow test-gpu lint bench bench-gpu table reference clean
 
 demo: $(READY)
 	$(BIN)/dapo-edge demo
@@ -13,6 +13,11 @@ test: $(READY)
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
+# By the Python that has torch with CUDA, or TensorRT and pycuda: make test-gpu PYTHON=python3. A GPU machine's own Python
+# has not all that the other tests and their conftest need, and its packages warn of what they like.
+test-gpu:
+	$(PYTHON) -m pytest tests/gpu -m gpu -rs -W default --confcutdir=tests/gpu
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -21,6 +26,9 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/spine.py --full-size
 	$(BIN)/python benchmarks/metrics.py
+
+bench-gpu:
+	$(PYTHON) benchmarks/gpu.py $(ARGS)
 
 table: $(READY)
 	$(BIN)/python benchmarks/surfaces_v1.py

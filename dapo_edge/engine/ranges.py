@@ -25,7 +25,7 @@ class RangeProbe:
         ov = require("openvino")
         self._names = measured_tensors(encoder)
         core = ov.Core()
-        model = core.read_model(_probed(encoder, self._names), b"")
+        model = core.read_model(probed(encoder, self._names), b"")
         self._shape = [int(side) for side in model.input(0).shape]
         self._request = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()
         self._largest: NDArray[np.float64] = np.zeros(len(self._names))
@@ -51,7 +51,7 @@ class RangeProbe:
         return {name: float(f"{value:.4g}") for name, value in zip(self._names, self._largest, strict=True)}
 
 
-def _probed(encoder: bytes, names: tuple[str, ...]) -> bytes:
+def probed(encoder: bytes, names: tuple[str, ...]) -> bytes:
     """The encoder with max |x| and Σ|x| of the named tensors, by turns, as its only outputs."""
     onnx = require("onnx")
     model: Any = onnx.load_from_string(encoder)

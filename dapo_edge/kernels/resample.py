@@ -205,14 +205,20 @@ def _bicubic(size_in: int, extent: float, size_out: int) -> TapTable:
 
 
 def _pack(starts: NDArray[np.integer], weights: NDArray[np.float64], size_in: int) -> TapTable:
-    """Normalise the rows, trim them to the widest real support and slide the windows into `[0, size_in)`."""
+    """Normalise the rows, trim them to the widest real support and slide the windows into `[0, size_in)`.
+
+    No window starts before that of the row above: a kernel's tile of rows reads from the first start on.
+    """
     used = np.abs(weights) > _NOISE  # [size_out, width]
-    first = used.argmax(axis=1)
-    last = weights.shape[1] - 1 - used[:, ::-1].argmax(axis=1)
-    taps = int((last - first).max()) + 1
-    packed_starts = np.minimum(starts + first, size_in - taps)  # [size_out]
-    source = (packed_starts - starts)[:, None] + np.arange(taps)  # [size_out, taps], columns of `weights`
-    inside = (source >= first[:, None]) & (source <= last[:, None])
+    first = starts + used.argmax(axis=1)
+    last = starts + weights.shape[1] - 1 - used[:, ::-1].argmax(axis=1)
+    # A row whose outer weights happen to be zero must not start later than the next one.
+    packed_starts = np.minimum.accumulate(first[::-1])[::-1]
+    taps = int((last - packed_starts).max()) + 1
+    packed_starts = np.minimum(packed_starts, size_in - taps)  # [size_out]
+    column = packed_starts[:, None] + np.arange(taps)  # [size_out, taps]
+    source = column - starts[:, None]  # columns of `weights`
+    inside = (column >= first[:, None]) & (column <= last[:, None])
     packed = np.where(inside, np.take_along_axis(weights, np.where(inside, source, 0), axis=1), 0)
     packed /= packed.sum(axis=1, keepdims=True)
     return TapTable(packed_starts.astype(np.int32), packed.astype(np.float32), size_in)
