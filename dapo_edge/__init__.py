@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from dapo_edge.config import load_recipe
     from dapo_edge.engine.build import build
     from dapo_edge.errors import DapoEdgeError
-    from dapo_edge.outputs.overlay import draw
     from dapo_edge.kernels.pixels import PixelView
+    from dapo_edge.outputs.overlay import draw
     from dapo_edge.package import EnginePackage
     from dapo_edge.prompt_bank import PromptBank
     from dapo_edge.runtime.inspector import Inspector

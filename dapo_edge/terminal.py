@@ -121,8 +121,8 @@ def interrupt() -> None:
 def progress_bar() -> Iterator[Any]:
     """A bar on a terminal; plain lines, one per step, where stderr is a file.
 
-    It is called with a step in words, how much is done, and of how much (0: nobody knows). What follows ": " in the step
-    is a detail that may change while the step lasts.
+    It is called with a step in words, how much is done, and of how much (0: nobody knows). What follows ": " in the
+    step is a detail that may change while the step lasts.
     """
     from rich.console import Console
     from rich.progress import (

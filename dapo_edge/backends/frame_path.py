@@ -19,8 +19,8 @@ from dapo_edge.backends.trt_api import Engine
 from dapo_edge.errors import BackendError
 from dapo_edge.kernels import launch
 from dapo_edge.kernels.map_spec import MapSpec
-from dapo_edge.kernels.pixels import FORMATS, PixelFormat, PixelView
-from dapo_edge.kernels.resample import TapTable, pillow_bicubic
+from dapo_edge.kernels.pixels import PixelFormat, PixelView
+from dapo_edge.kernels.resample import TapTable
 from dapo_edge.package import Manifest
 
 STAGES = ("upload", "preprocess", "encode", "map", "download")
@@ -109,18 +109,24 @@ class ViewInput:
             self._pixels.append(
                 pinned.device_address if self._zero_copy else self._own(pinned.nbytes, "frames").address
             )
-        tables = [(pillow_bicubic(shape.window[3], size), pillow_bicubic(shape.window[2], size)) for shape in shapes]
         on_device: dict[TapTable, tuple[int, int]] = {}
-        for table in {table for pair in tables for table in pair}:
-            on_device[table] = (self._constant(table.starts), self._constant(table.weights))
+
+        def uploaded(table: TapTable) -> tuple[int, int]:
+            if table not in on_device:
+                on_device[table] = (self._constant(table.starts), self._constant(table.weights))
+            return on_device[table]
+
         views = (launch.ViewJob * len(shapes))()
-        for view, shape, (rows, columns), pixels in zip(views, shapes, tables, self._pixels, strict=True):
+        tables = []
+        for place, (shape, pixels) in enumerate(zip(shapes, self._pixels, strict=True)):
+            view, rows, columns = launch.view_job(
+                (shape.width, shape.height), shape.window, shape.pitch, shape.format, size
+            )
             view.pixels, view.chroma = pixels, pixels + shape.pitch * shape.height
-            view.row_starts, view.row_weights = on_device[rows]
-            view.column_starts, view.column_weights = on_device[columns]
-            view.width, view.height, view.pitch = shape.width, shape.height, shape.pitch
-            view.left, view.top = shape.window[:2]
-            view.row_taps, view.column_taps, view.format = rows.taps, columns.taps, FORMATS.index(shape.format)
+            view.row_starts, view.row_weights = uploaded(rows.table)
+            view.column_starts, view.column_weights = uploaded(columns.table)
+            views[place] = view
+            tables.append(columns.table)
         self._job = launch.PreprocessJob(
             views=self._constant(np.frombuffer(bytes(views), np.uint8)),
             images=shared.images.address,

@@ -13,6 +13,7 @@ from dapo_edge.backends.base import View
 from dapo_edge.kernels import reference
 from dapo_edge.kernels.map_spec import MapSpec
 from dapo_edge.kernels.pixels import PixelView
+from dapo_edge.kernels.resample import pillow_bicubic
 from dapo_edge.prompt_bank import PromptBank
 
 if TYPE_CHECKING:
@@ -22,18 +23,25 @@ if TYPE_CHECKING:
 def resize_view(view: View, size: int) -> NDArray[np.uint8]:
     """Resize [H, W, 3] to [size, size, 3]; channel order is kept, the aspect ratio is not (as in DAPO).
 
-    A camera's own bytes become BGR. Box reduction, then antialiased bicubic: three times as fast as plain bicubic,
-    equal to it on smooth pictures. Every phase (tuning, calibration, evaluation, run time) uses this one resize, so
-    its choice costs no accuracy.
+    A camera's own bytes become BGR. Box reduction, then antialiased bicubic, columns first: Pillow's
+    `resize(BICUBIC, reducing_gap=2.0)`, three times as fast as plain bicubic, equal to it on smooth pictures. Every
+    phase (tuning, calibration, evaluation, run time) uses this one resize, so its choice costs no accuracy.
     """
     from PIL import Image
 
     if isinstance(view, PixelView):
         view = view.rgb()[..., ::-1]
-    if view.shape[:2] == (size, size):
+    height, width = view.shape[:2]
+    if (height, width) == (size, size):
         return np.ascontiguousarray(view)
+    across, down = pillow_bicubic(width, size).factor, pillow_bicubic(height, size).factor
     image = Image.fromarray(np.ascontiguousarray(view))
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=2.0))
+    if across * down > 1:
+        image = image.reduce((across, down))
+    # Two calls, because from version 13 on Pillow begins with the rows of tall pictures, which gives other pixels.
+    bicubic = Image.Resampling.BICUBIC
+    narrow = image.resize((size, image.height), bicubic, box=(0, 0, width / across, image.height))
+    return np.asarray(narrow.resize((size, size), bicubic, box=(0, 0, size, height / down)))
 
 
 def make_maps(

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dapo_edge.errors import RecipeError
-from dapo_edge.kernels.resample import TapTable
+from dapo_edge.kernels.pixels import FORMATS, PixelFormat
+from dapo_edge.kernels.resample import ReducedTable, TapTable, pillow_bicubic
 
 MAX_CHANNELS = 65  # K + 1
 MAX_LAYERS = 8
@@ -33,7 +34,7 @@ _SHARED_WISH = 24 << 10  # leaves room for several blocks at once
 _PATCHES_PER_WARP = 16
 _BANK_BYTES = MAX_BANK_ROWS * (128 + 32) * 2
 _SHARE_BYTES = MAX_BANK_ROWS * 20 * 4
-_THREAD_ROWS = 8
+_TILE_COLUMNS, _STRIP, _THREAD_ROWS = 32, 16, 8
 # Kernel by the columns of the grid that four pixels read, and the rows that one of its threads owns.
 _MAP_KERNELS = ((4, "defect_map_4", 2), (6, "defect_map_6", 2), (8, "defect_map_8", 1))
 _ANY_MAP_KERNEL = ("defect_map_any", 2)
@@ -105,6 +106,10 @@ class ViewJob(ctypes.Structure):
         ("pitch", Int),
         ("left", Int),
         ("top", Int),
+        ("across", Int),
+        ("down", Int),
+        ("reduce_across", Int),
+        ("reduce_down", Int),
         ("row_taps", Int),
         ("column_taps", Int),
         ("format", Int),
@@ -119,9 +124,7 @@ class PreprocessJob(ctypes.Structure):
         ("images", Address),
         ("size", Int),
         ("is_half", Int),
-        ("tile_columns", Int),
         ("rows_per_thread", Int),
-        ("strip", Int),
         ("segment", Int),
         ("scale", ctypes.c_float * 3),
         ("bias", ctypes.c_float * 3),
@@ -250,26 +253,31 @@ def map_launch(tables: MapTables, batch: int, job: MapJob, *, with_histogram: bo
     return Launch(kernel, grid, (threads, 1, 1), shared)
 
 
-def preprocess_launch(tables: Sequence[tuple[TapTable, TapTable]], size: int, job: PreprocessJob) -> Launch:
-    """For views with these (row, column) tables; writes the tiles into `job`. Raises `RecipeError` for huge views."""
-    longest = max(rows.size_in for rows, _ in tables)
-    # A tall window is read again by every block that it reaches into: large tiles. A small one leaves the GPU idle.
-    job.rows_per_thread = 4 if longest <= 4 * size else 2
-    for job.tile_columns in (32, 16, 8, 4, 1):
-        job.segment = max(_reach(columns, job.tile_columns) for _, columns in tables)
-        row_bytes = 4 * (job.segment + job.tile_columns)
-        if row_bytes <= _SHARED_LIMIT:
-            break
-    else:
-        raise RecipeError(
-            f"a view of {max(columns.size_in for _, columns in tables)} px width can't become {size} px in one go",
-            "Cut it into tiles",
-        )
+def view_job(
+    shape: tuple[int, int], window: tuple[int, int, int, int], pitch: int, pixel_format: PixelFormat, size: int
+) -> tuple[ViewJob, ReducedTable, ReducedTable]:
+    """The part of a view's job that needs no address, and its tables of rows and columns.
+
+    `shape` is the whole picture's (width, height), `window` the (left, top, width, height) that is looked at, `pitch`
+    in bytes.
+    """
+    left, top, across, down = window
+    rows, columns = pillow_bicubic(down, size), pillow_bicubic(across, size)
+    job = ViewJob(width=shape[0], height=shape[1], pitch=pitch, left=left, top=top, across=across, down=down)
+    job.reduce_across, job.reduce_down = columns.factor, rows.factor
+    job.row_taps, job.column_taps = rows.table.taps, columns.table.taps
+    job.format = FORMATS.index(pixel_format)
+    return job, rows, columns
+
+
+def preprocess_launch(columns: Sequence[TapTable], size: int, job: PreprocessJob) -> Launch:
+    """For views with these tables of columns; writes size and tiles into `job`."""
     job.size = size
-    job.strip = max(1, min(16, _SHARED_WISH // row_bytes))
-    tile_rows = _THREAD_ROWS * job.rows_per_thread
-    grid = (_ceil(size, job.tile_columns), _ceil(size, tile_rows), len(tables))
-    return Launch("preprocess", grid, (_WARP, _THREAD_ROWS, 1), job.strip * row_bytes)
+    job.rows_per_thread = 4 if size > 256 else 2  # a small output would otherwise leave much of the GPU idle
+    job.segment = max(_reach(table) for table in columns)
+    grid = (_ceil(size, _TILE_COLUMNS), _ceil(size, _THREAD_ROWS * job.rows_per_thread), len(columns))
+    # The reduction leaves at most four source pixels for one of the output: the segment is never long.
+    return Launch("preprocess", grid, (_WARP, _THREAD_ROWS, 1), 4 * _STRIP * (job.segment + _TILE_COLUMNS))
 
 
 def top_mean(histogram: NDArray[np.uint32], pixels: int, fraction: float = 0.01) -> float:
@@ -334,8 +342,8 @@ def _span(tables: MapTables, groups: int) -> int:
     return int((lasts - firsts).max()) + tables.window
 
 
-def _reach(columns: TapTable, tile: int) -> int:
+def _reach(columns: TapTable) -> int:
     """Source columns that a tile of the output reads, at most."""
-    firsts = columns.starts[::tile]
-    lasts = columns.starts[np.minimum(np.arange(0, columns.size_out, tile) + tile, columns.size_out) - 1]
-    return int((lasts - firsts).max()) + columns.taps
+    firsts = columns.starts[::_TILE_COLUMNS]
+    ends = np.minimum(np.arange(0, columns.size_out, _TILE_COLUMNS) + _TILE_COLUMNS, columns.size_out)
+    return int((columns.starts[ends - 1] - firsts).max()) + columns.taps

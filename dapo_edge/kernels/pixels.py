@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dapo_edge.errors import FrameError
-from dapo_edge.kernels.resample import TapTable
+from dapo_edge.kernels.resample import pillow_bicubic
 
 Bytes = NDArray[np.uint8]
 FloatArray = NDArray[np.float32]
@@ -92,17 +92,31 @@ def to_rgb(data: Bytes, pixel_format: PixelFormat, width: int, height: int) -> B
 
 def preprocess(
     rgb: Bytes,  # [H, W, 3]
-    rows: TapTable,  # H to S
-    columns: TapTable,  # W to S
+    size: int,
     mean: tuple[float, float, float],  # of RGB in [0, 1]
     std: tuple[float, float, float],
 ) -> FloatArray:
-    """The encoder's input [3, S, S] float32: columns, then rows, both rounded to bytes as Pillow does, normalised."""
-    pixels = rgb.astype(np.float32)
-    narrow = np.clip(np.rint(columns.apply(pixels, axis=1)), 0, 255)
-    small = np.clip(np.rint(rows.apply(narrow, axis=0)), 0, 255)
+    """The encoder's input [3, S, S] float32: reduced, columns, rows, each rounded to bytes as in Pillow, normalised."""
+    rows, columns = pillow_bicubic(rgb.shape[0], size), pillow_bicubic(rgb.shape[1], size)
+    pixels = reduce_boxes(rgb, rows.factor, columns.factor).astype(np.float32)
+    narrow = np.clip(np.rint(columns.table.apply(pixels, axis=1)), 0, 255)
+    small = np.clip(np.rint(rows.table.apply(narrow, axis=0)), 0, 255)
     normalised = (small / 255 - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
     return np.ascontiguousarray(normalised.transpose(2, 0, 1), np.float32)
+
+
+def reduce_boxes(rgb: Bytes, down: int, across: int) -> Bytes:
+    """Means of boxes of `down` x `across` pixels, the last ones of what is left: Pillow's `Image.reduce`, bit for bit.
+
+    Source: `ImagingReduceNxN` (https://github.com/python-pillow/Pillow/blob/main/src/libImaging/Reduce.c), which
+    divides by a rounded-down reciprocal.
+    """
+    height, width = rgb.shape[:2]
+    tops, lefts = np.arange(0, height, down), np.arange(0, width, across)
+    sums = np.add.reduceat(np.add.reduceat(rgb.astype(np.int64), tops, axis=0), lefts, axis=1)
+    counts = np.minimum(down, height - tops)[:, None, None] * np.minimum(across, width - lefts)[:, None]
+    means = (sums + counts // 2) * ((1 << 24) // counts) >> 24
+    return np.where(counts == 1, sums, means).astype(np.uint8)
 
 
 def _demosaic(mosaic: Bytes) -> Bytes:

@@ -3,14 +3,16 @@
 //   views [B], any size and format → images [B, 3, S, S] FP16 or FP32
 //
 // One pass: a block makes a tile of the output of one view. It goes down the source rows below its tile, a strip at a time:
-// pixels → RGB bytes in shared memory → columns resampled → every thread adds its share to the rows it owns. Each byte is
-// read about once, and shared memory doesn't grow with the source. As in Pillow, whose pixels the encoder was tuned on, the
-// columns come first and both steps round to a byte.
-// Block (32, 8), grid (S / tile columns, S / tile rows, B).
+// pixels → RGB bytes in shared memory → columns resampled → every thread adds its share to the rows it owns. A large source
+// is first reduced to means of boxes, so each byte is read about once, and shared memory doesn't grow with the source. As in
+// Pillow, whose pixels the encoder was tuned on, the columns come first, and all three steps round to a byte.
+// Block (32, 8), grid (S / 32, S / tile rows, B).
 #include "common.cuh"
 
 enum Format { BGR8, RGB8, GRAY8, BAYER_RG8, NV12 };
 
+constexpr int TILE_COLUMNS = 32;
+constexpr int STRIP = 16;  // source rows at a time
 constexpr int THREAD_ROWS = 8;
 constexpr int MAX_ROWS_PER_THREAD = 4;
 
@@ -18,12 +20,13 @@ constexpr int MAX_ROWS_PER_THREAD = 4;
 struct View {
     const unsigned char* pixels;
     const unsigned char* chroma;  // the plane of (Cb, Cr) pairs of NV12, with the same pitch
-    const int* row_starts;        // [S], in rows of the crop
+    const int* row_starts;        // [S], in rows of the reduced crop
     const float* row_weights;     // [S, row_taps]
     const int* column_starts;
     const float* column_weights;
     int width, height, pitch;  // of the whole picture; pitch in bytes
-    int left, top;             // of the crop
+    int left, top, across, down;    // of the crop
+    int reduce_across, reduce_down;  // pixels that become one before all else
     int row_taps, column_taps;
     int format;
 };
@@ -78,6 +81,30 @@ __device__ __forceinline__ unsigned read_pixel(const View& view, int x, int y) {
     return view.format == RGB8 ? pack(pixel[0], pixel[1], pixel[2]) : pack(pixel[2], pixel[1], pixel[0]);
 }
 
+// The mean of a box of the crop, of what is left of it at the border. Pillow divides by a rounded-down reciprocal.
+__device__ __forceinline__ unsigned read_box(const View& view, int x, int y) {
+    if (view.reduce_across == 1 && view.reduce_down == 1) {
+        return read_pixel(view, view.left + x, view.top + y);
+    }
+    const int first_x = x * view.reduce_across, end_x = min(first_x + view.reduce_across, view.across);
+    const int first_y = y * view.reduce_down, end_y = min(first_y + view.reduce_down, view.down);
+    unsigned red = 0, green = 0, blue = 0;
+    for (int row = first_y; row < end_y; row++) {
+        for (int column = first_x; column < end_x; column++) {
+            const unsigned pixel = read_pixel(view, view.left + column, view.top + row);
+            red += pixel & 255;
+            green += pixel >> 8 & 255;
+            blue += pixel >> 16;
+        }
+    }
+    const unsigned count = (end_x - first_x) * (end_y - first_y);
+    if (count == 1) {
+        return pack(red, green, blue);
+    }
+    const unsigned reciprocal = (1u << 24) / count, half = count / 2;
+    return pack((red + half) * reciprocal >> 24, (green + half) * reciprocal >> 24, (blue + half) * reciprocal >> 24);
+}
+
 __device__ __forceinline__ int round_to_byte(float value) { return to_byte(__float2int_rn(value)); }
 
 // One strip of columns resampled: `taps` pixels of a row of the strip become one.
@@ -98,26 +125,24 @@ struct PreprocessJob {
     void* images;         // [B, 3, S, S]
     int size;             // S
     int is_half;
-    int tile_columns;     // of the output in one block, at most 32
     int rows_per_thread;  // of the output, at most 4
-    int strip;            // source rows at a time
-    int segment;          // source columns that a tile reads, at most
+    int segment;          // columns of the reduced source that a tile reads, at most
     float scale[3];       // of red, green, blue: 1 / (255 · std)
     float bias[3];        // -mean / std
 };
 
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, BLOCKS_PER_SM) preprocess(const PreprocessJob job) {
     DYNAMIC_SHARED(memory);
-    const int size = job.size, segment = job.segment, tile_columns = job.tile_columns;
-    unsigned* pixels = reinterpret_cast<unsigned*>(memory);  // [strip, segment] RGB bytes
-    unsigned* narrow = pixels + job.strip * segment;         // [strip, tile_columns], columns resampled
+    const int size = job.size, segment = job.segment;
+    unsigned* pixels = reinterpret_cast<unsigned*>(memory);  // [STRIP, segment] RGB bytes
+    unsigned* narrow = pixels + STRIP * segment;  // [STRIP, TILE_COLUMNS], columns resampled
     const View& view = job.views[blockIdx.z];
     const int lane = threadIdx.x, line = threadIdx.y;
-    const int first_column = blockIdx.x * tile_columns, column = first_column + lane;
-    const int last_column = min(first_column + tile_columns, size) - 1;
+    const int first_column = blockIdx.x * TILE_COLUMNS, column = first_column + lane;
+    const int last_column = min(first_column + TILE_COLUMNS, size) - 1;
     const int tile_rows = THREAD_ROWS * job.rows_per_thread, first_row = blockIdx.y * tile_rows;
     const int last_row = min(first_row + tile_rows, size) - 1;
-    const bool active = column <= last_column && lane < tile_columns;
+    const bool active = column <= last_column;
     const int left = view.column_starts[first_column];
     const int reach = view.column_starts[last_column] + view.column_taps - left;
     const int bottom = view.row_starts[last_row] + view.row_taps;
@@ -125,17 +150,17 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, BLOCKS_PER_SM) preproc
     const float* own_weights = view.column_weights + static_cast<size_t>(active ? column : 0) * view.column_taps;
 
     float sums[MAX_ROWS_PER_THREAD][3] = {};
-    for (int top = view.row_starts[first_row]; top < bottom; top += job.strip) {
-        const int rows = min(job.strip, bottom - top);
+    for (int top = view.row_starts[first_row]; top < bottom; top += STRIP) {
+        const int rows = min(STRIP, bottom - top);
         __syncthreads();
         for (int y = line; y < rows; y += THREAD_ROWS) {
             for (int x = lane; x < reach; x += 32) {
-                pixels[y * segment + x] = read_pixel(view, view.left + left + x, view.top + top + y);
+                pixels[y * segment + x] = read_box(view, left + x, top + y);
             }
         }
         __syncthreads();
         for (int y = line; y < rows && active; y += THREAD_ROWS) {
-            narrow[y * tile_columns + lane] =
+            narrow[y * TILE_COLUMNS + lane] =
                 resample_column(pixels + y * segment + own_start, own_weights, view.column_taps);
         }
         __syncthreads();
@@ -146,7 +171,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, BLOCKS_PER_SM) preproc
                 const int start = view.row_starts[row] - top;
                 const float* weights = view.row_weights + static_cast<size_t>(row) * view.row_taps - start;
                 for (int y = max(start, 0); y < min(start + view.row_taps, rows); y++) {
-                    const unsigned pixel = narrow[y * tile_columns + lane];
+                    const unsigned pixel = narrow[y * TILE_COLUMNS + lane];
 #pragma unroll
                     for (int c = 0; c < 3; c++) {
                         sums[r][c] += weights[y] * byte_to_float(pixel, c);

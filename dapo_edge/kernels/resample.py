@@ -102,36 +102,31 @@ def bicubic(size_in: int, size_out: int) -> TapTable:
     return _bicubic(size_in, float(size_in), size_out)
 
 
-def box_reduce(size_in: int, factor: int) -> TapTable:
-    """Means of `factor` neighbours: Pillow's `Image.reduce(factor)` on one axis, to `ceil(size_in / factor)` values.
+@dataclass(frozen=True, eq=False)
+class ReducedTable:
+    """How Pillow shrinks one axis: means of `factor` neighbours (the last cell of what is left), then a tap table."""
 
-    The last cell averages what is left for it. Source: Pillow's `ImagingReduce`
-    (https://github.com/python-pillow/Pillow/blob/main/src/libImaging/Reduce.c). Raises `ValueError` below 1.
-    """
-    _check_sizes(size_in, factor)
-    starts = np.arange(0, size_in, factor)  # [size_out]
-    inside = starts[:, None] + np.arange(factor) < size_in
-    return _pack(starts, inside.astype(np.float64), size_in)
+    factor: int
+    table: TapTable  # from ceil(size_in / factor)
 
 
 @lru_cache(maxsize=64)
-def pillow_bicubic(size_in: int, size_out: int, reducing_gap: float = 2.0) -> TapTable:
-    """Box reduction, then bicubic, in one table: Pillow's `Image.resize(size, BICUBIC, reducing_gap=reducing_gap)`.
+def pillow_bicubic(size_in: int, size_out: int, reducing_gap: float = 2.0) -> ReducedTable:
+    """Box reduction, then bicubic: one axis of Pillow's `Image.resize(size, BICUBIC, reducing_gap=reducing_gap)`.
 
     Source: `Image.resize` (https://github.com/python-pillow/Pillow/blob/main/src/PIL/Image.py): the reduction factor is
     `int(size_in / size_out / reducing_gap) or 1`, and bicubic reads the box `[0, size_in / factor]`, which ends inside
-    the last reduced value when the factor doesn't divide the size. On 8-bit images Pillow also rounds after the
-    reduction and clips and rounds after the horizontal and the vertical pass. Code that wants Pillow's pixels must do
-    the columns first and clip to 0..255 before the rows: then rounding is all that is left, one or two grey levels;
-    without that clip, black-and-white edges differ by up to 20. Raises `ValueError` for sizes or a gap below 1.
+    the last reduced value when the factor doesn't divide the size. On 8-bit images Pillow rounds after the reduction of
+    both axes, and clips and rounds after each of the two passes. Code that wants its pixels must do the same: where a
+    clip is left out, black-and-white edges differ by up to 20 grey levels. Raises `ValueError` for sizes or a gap
+    below 1.
     """
     _check_sizes(size_in, size_out)
     if not (math.isfinite(reducing_gap) and reducing_gap >= 1):
         raise ValueError(f"reducing_gap must be a number of 1 or more, not {reducing_gap}")
     factor = int(size_in / size_out / reducing_gap) or 1
-    reduced = box_reduce(size_in, factor)
     # Pillow hands its box over as C floats.
-    return _bicubic(reduced.size_out, float(np.float32(size_in / factor)), size_out) @ reduced
+    return ReducedTable(factor, _bicubic(-(-size_in // factor), float(np.float32(size_in / factor)), size_out))
 
 
 def bilinear(size_in: int, size_out: int, align_corners: bool) -> TapTable:

@@ -12,7 +12,7 @@ from works import BYTES_PER_PIXEL, MEAN, STD, Maps, MapWork, PatchWork, Preproce
 
 from dapo_edge.kernels import launch, pixels, reference
 from dapo_edge.kernels.pixels import PixelFormat, PixelView
-from dapo_edge.kernels.resample import TapTable, pillow_bicubic
+from dapo_edge.kernels.resample import TapTable
 
 PROBABILITY = 2e-3
 ANOMALY = 1 / 255
@@ -121,8 +121,7 @@ def preprocess_difference(images: NDArray[Any], views: list[PixelView]) -> float
     """Largest difference from `pixels.py` in grey levels of 255."""
     size, largest = images.shape[-1], []
     for image, view in zip(images, views, strict=True):
-        _, _, width, height = view.window
-        expected = pixels.preprocess(view.rgb(), pillow_bicubic(height, size), pillow_bicubic(width, size), MEAN, STD)
+        expected = pixels.preprocess(view.rgb(), size, MEAN, STD)
         largest.append(np.abs(grey_levels(image) - grey_levels(expected)).max())
     return _largest(largest)
 

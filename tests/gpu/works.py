@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from dapo_edge.kernels import launch
 from dapo_edge.kernels.launch import HISTOGRAM_BINS, MAX_CHANNELS, PEAKS, MapJob, PatchJob, PreprocessJob, ViewJob
-from dapo_edge.kernels.pixels import FORMATS, PixelView
-from dapo_edge.kernels.resample import TapTable, pillow_bicubic
+from dapo_edge.kernels.pixels import PixelView
+from dapo_edge.kernels.resample import TapTable
 
 BYTES_PER_PIXEL = {"BGR8": 3, "RGB8": 3, "GRAY8": 1, "BayerRG8": 1, "NV12": 1.5}
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -130,22 +130,22 @@ class PreprocessWork:
     def __init__(self, machine: Machine, views: Sequence[PixelView], size: int, dtype: Any = np.float16) -> None:
         self._machine, self._views = machine, views
         self.images = machine.place(np.full((len(views), 3, size, size), np.nan, dtype))
-        tables = [(pillow_bicubic(view.window[3], size), pillow_bicubic(view.window[2], size)) for view in views]
         placed: dict[int, Buffer] = {}
 
         def address(array: NDArray[Any]) -> int:
             return placed.setdefault(id(array), placed.get(id(array)) or machine.place(array)).address
 
         jobs = (ViewJob * len(views))()
-        for job, view, (rows, columns) in zip(jobs, views, tables, strict=True):
+        tables = []
+        for place, view in enumerate(views):
             pitch = view.data.shape[1]
+            job, rows, columns = launch.view_job((view.width, view.height), view.window, pitch, view.format, size)
             job.pixels = address(view.data)
             job.chroma = job.pixels + pitch * view.height
-            job.row_starts, job.row_weights = address(rows.starts), address(rows.weights)
-            job.column_starts, job.column_weights = address(columns.starts), address(columns.weights)
-            job.width, job.height, job.pitch = view.width, view.height, pitch
-            job.left, job.top = view.window[:2]
-            job.row_taps, job.column_taps, job.format = rows.taps, columns.taps, FORMATS.index(view.format)
+            job.row_starts, job.row_weights = address(rows.table.starts), address(rows.table.weights)
+            job.column_starts, job.column_weights = address(columns.table.starts), address(columns.table.weights)
+            jobs[place] = job
+            tables.append(columns.table)
         self._placed = (*placed.values(), machine.place(np.frombuffer(bytes(jobs), np.uint8)))
         self._job = PreprocessJob(
             views=self._placed[-1].address, images=self.images.address, is_half=self.images.dtype == np.float16

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from dapo_edge.kernels import launch
 from dapo_edge.kernels.launch import HISTOGRAM_BINS, PEAKS, Launch, MapJob, PatchJob, PreprocessJob, ViewJob
-from dapo_edge.kernels.pixels import FORMATS, PixelView
+from dapo_edge.kernels.pixels import PixelView
 from dapo_edge.kernels.resample import TapTable
 
 MULTIPROCESSORS = 16
@@ -165,27 +165,24 @@ def map_run(
     return Run(start, job, (half, byte, types, peaks, histogram, *read))
 
 
-def preprocess_run(
-    views: Sequence[PixelView], tables: Sequence[tuple[TapTable, TapTable]], size: int, dtype: Any = np.float32
-) -> Run:
+def preprocess_run(views: Sequence[PixelView], size: int, dtype: Any = np.float32) -> Run:
     """The first buffer is the images [B, 3, S, S]."""
     images = np.full((len(views), 3, size, size), np.nan, dtype)
     jobs = (ViewJob * len(views))()
     data = [np.ascontiguousarray(view.data) for view in views]
-    for job, view, pixels, (rows, columns) in zip(jobs, views, data, tables, strict=True):
+    tables: list[TapTable] = []
+    for place, (view, pixels) in enumerate(zip(views, data, strict=True)):
         pitch = pixels.shape[1]
+        job, rows, columns = launch.view_job((view.width, view.height), view.window, pitch, view.format, size)
         job.pixels, job.chroma = address(pixels), address(pixels) + pitch * view.height
-        job.row_starts, job.row_weights = address(rows.starts), address(rows.weights)
-        job.column_starts, job.column_weights = address(columns.starts), address(columns.weights)
-        job.width, job.height, job.pitch = view.width, view.height, pitch
-        job.left, job.top = view.window[:2]
-        job.row_taps, job.column_taps, job.format = rows.taps, columns.taps, FORMATS.index(view.format)
+        job.row_starts, job.row_weights = address(rows.table.starts), address(rows.table.weights)
+        job.column_starts, job.column_weights = address(columns.table.starts), address(columns.table.weights)
+        jobs[place] = job
+        tables += rows.table, columns.table
     views_buffer = np.frombuffer(bytes(jobs), np.uint8).copy()
     whole = PreprocessJob(views=address(views_buffer), images=address(images), is_half=dtype == np.float16)
     for channel in range(3):
         whole.scale[channel], whole.bias[channel] = 1 / (255 * STD[channel]), -MEAN[channel] / STD[channel]
-    start = launch.preprocess_launch(tables, size, whole)
-    arrays = [
-        array for rows, columns in tables for array in (rows.starts, rows.weights, columns.starts, columns.weights)
-    ]
+    start = launch.preprocess_launch(tables[1::2], size, whole)
+    arrays = [array for table in tables for array in (table.starts, table.weights)]
     return Run(start, whole, (images, views_buffer, *data, *arrays), tuple(jobs))

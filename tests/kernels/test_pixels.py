@@ -13,7 +13,6 @@ from PIL import Image
 from dapo_edge.errors import FrameError
 from dapo_edge.kernels import pixels
 from dapo_edge.kernels.pixels import FORMATS, Bytes, PixelFormat, PixelView, to_rgb
-from dapo_edge.kernels.resample import pillow_bicubic
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 
@@ -146,7 +145,7 @@ def test_bytes_that_do_not_fit_are_refused(fields: dict[str, Any], message: str)
 @pytest.mark.parametrize(("width", "height", "size"), [(61, 53, 48), (192, 108, 224), (64, 64, 64), (300, 200, 32)])
 def test_preprocessing_is_pillows(width: int, height: int, size: int) -> None:
     rgb = random_bytes(height, 3 * width).reshape(height, width, 3)
-    found = pixels.preprocess(rgb, pillow_bicubic(height, size), pillow_bicubic(width, size), MEAN, STD)
+    found = pixels.preprocess(rgb, size, MEAN, STD)
     assert found.shape == (3, size, size)
     assert found.dtype == np.float32
     assert found.flags.c_contiguous
@@ -155,3 +154,12 @@ def test_preprocessing_is_pillows(width: int, height: int, size: int) -> None:
     error = 255 * np.array(STD) * np.abs(found.transpose(1, 2, 0) - normalised)  # grey levels
     assert error.max() < 2.001
     assert error.mean() < 0.5
+
+
+@pytest.mark.parametrize(("down", "across"), [(1, 1), (2, 3), (3, 2), (5, 7), (1, 4), (40, 50)])
+def test_boxes_are_pillows_reduce(down: int, across: int) -> None:
+    """Bit for bit, at the borders, too."""
+    for contents in (random_bytes(37, 3 * 44), np.full((37, 3 * 44), 255, np.uint8)):
+        rgb = contents.reshape(37, 44, 3)
+        pillow = np.asarray(Image.fromarray(rgb).reduce((across, down)))
+        np.testing.assert_array_equal(pixels.reduce_boxes(rgb, down, across), pillow)
