@@ -27,6 +27,7 @@ class MapBatch:
     anomaly: NDArray[np.float32]  # [B, H, W] in [0, 1]
     types: NDArray[np.uint8]  # [B, H, W] index into the bank's names
     patch_probs: NDArray[np.float32]  # [B, K+1, h, w], sum 1 per patch
+    type_scores: NDArray[np.float32]  # [B, K] in [0, 1], highest probability of each defect type on the map
     image_scores: NDArray[np.float32]  # [B] in [0, 1], by the package's score rule
     bank: PromptBank  # the one bank that all of the batch was compared with
     stage_ms: Mapping[str, float]  # preprocess, encode, map: milliseconds of the whole batch
@@ -95,6 +96,11 @@ def map_pixels(map_size: MapSize, image_size: int, views: Sequence[View]) -> tup
         )
     height, width = sizes.pop()
     return width, height
+
+
+def type_scores(batch: MapBatch) -> dict[str, float]:
+    """How high each defect type reaches on the map of a batch's first view, by name."""
+    return dict(zip(batch.bank.names[1:], map(float, batch.type_scores[0]), strict=True))
 
 
 def check_bank(bank: PromptBank, dimensions: int) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dapo_edge.backends.base import View
+from dapo_edge.backends.base import MapBatch, View
 from dapo_edge.kernels import reference
 from dapo_edge.kernels.map_spec import MapSpec
 from dapo_edge.kernels.pixels import PixelView
@@ -44,15 +46,30 @@ def resize_view(view: View, size: int) -> NDArray[np.uint8]:
     return np.asarray(narrow.resize((size, size), bicubic, box=(0, 0, size, height / down)))
 
 
+@dataclass(frozen=True, eq=False)
+class HostMaps:
+    """The arrays of a `MapBatch`, as the host makes them."""
+
+    anomaly: NDArray[np.float32]
+    types: NDArray[np.uint8]
+    patch_probs: NDArray[np.float32]
+    type_scores: NDArray[np.float32]
+    image_scores: NDArray[np.float32]
+
+    def batch(self, bank: PromptBank, stage_ms: Mapping[str, float]) -> MapBatch:
+        """With what else belongs to a batch."""
+        return MapBatch(**vars(self), bank=bank, stage_ms=stage_ms)
+
+
 def make_maps(
     tokens: NDArray[np.float32], embedding: NDArray[np.float32], bank: PromptBank, spec: MapSpec, size: tuple[int, int]
-) -> tuple[NDArray[np.float32], NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
-    """Patch tokens [B, L, N, D] and embeddings [B, D] to anomaly, types, patch_probs, image_scores of a `MapBatch`."""
+) -> HostMaps:
+    """Patch tokens [B, L, N, D] and embeddings [B, D] to maps of `size` = (width, height) and their scores."""
     with _ONE_AT_A_TIME, _blas().limit(limits=1, user_api="blas"):
         probs = reference.patch_probabilities(tokens, bank.rows, spec.temperature, spec.grid)
-        anomaly, types = reference.defect_map(probs, *spec.tables(size))
-        scores = reference.image_scores(spec.score, embedding, bank.rows, spec.temperature, anomaly)
-    return anomaly, types, probs, scores
+        maps = reference.defect_map(probs, *spec.tables(size))
+        scores = reference.image_scores(spec.score, embedding, bank.rows, spec.temperature, maps.anomaly)
+    return HostMaps(maps.anomaly, maps.types, probs, maps.peaks[:, 1:], scores)
 
 
 def all_channels(probs: NDArray[np.float32], spec: MapSpec, size: tuple[int, int]) -> NDArray[np.float32]:

@@ -95,14 +95,14 @@ class OpenVinoBackend:
         prepared = time.perf_counter()
         tokens, embedding = self._encode(resized)
         encoded = time.perf_counter()
-        anomaly, types, probs, scores = make_maps(tokens, embedding, bank, manifest.map, size)
+        maps = make_maps(tokens, embedding, bank, manifest.map, size)
         finished = time.perf_counter()
         stages = {
             "preprocess": (prepared - started) * 1e3,
             "encode": (encoded - prepared) * 1e3,
             "map": (finished - encoded) * 1e3,
         }
-        return MapBatch(anomaly, types, probs, scores, bank, stages)
+        return maps.batch(bank, stages)
 
     def encode(self, views: Sequence[View]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Patch tokens [B, L, N, D] and image embeddings [B, D], the caller's own: what the accuracy gate compares."""

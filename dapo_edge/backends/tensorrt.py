@@ -90,6 +90,7 @@ class TensorRtBackend:
             patch_probs=np.concatenate([result.probs for result in results]).reshape(
                 len(views), len(bank.names), *manifest.map.grid
             ),
+            type_scores=np.concatenate([result.peaks[:, 1:] for result in results]),
             image_scores=self._scores(results, embedding, bank),
             bank=bank,
             stage_ms={stage: sum(result.stage_ms[stage] for result in results) for stage in STAGES},

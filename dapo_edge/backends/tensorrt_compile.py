@@ -245,7 +245,7 @@ class RecordedBackend:
         """Maps of stored views, at the encoder's size."""
         tokens, embedding = self.encode(views)
         size = (self._spec.image_size, self._spec.image_size)
-        return MapBatch(*make_maps(tokens, embedding, self.bank, self._spec, size), self.bank, {"encode": 0.0})
+        return make_maps(tokens, embedding, self.bank, self._spec, size).batch(self.bank, {"encode": 0.0})
 
     def set_bank(self, bank: PromptBank) -> None:
         """Compare with other words from the next call on."""

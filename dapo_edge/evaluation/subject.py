@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Self
 
-from dapo_edge.backends.base import Backend, MapBatch, backend_class
+from dapo_edge.backends.base import Backend, MapBatch, backend_class, type_scores
 from dapo_edge.backends.host import all_channels
 from dapo_edge.config import DefectType, Recipe, load_recipe, packaged_recipe
 from dapo_edge.errors import BackendError, RecipeError
@@ -181,7 +181,8 @@ class Subject:
         )
         found = DefectMap(anomaly, batch.types[0], batch.bank.names)
         score, verdict = float(batch.image_scores[0]), self.verdict(batch)
-        return Inspection(score, verdict, found, regions, size, limit.value if limit else None)
+        types = type_scores(batch)
+        return Inspection(score, verdict, found, regions, size, types, limit.value if limit else None)
 
     def as_json(self) -> dict[str, Any]:
         """What it is."""

@@ -7,6 +7,7 @@ normal channel.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import get_args
 
 import numpy as np
@@ -77,11 +78,20 @@ def type_map(probs: FloatArray, rows: TapTable, columns: TapTable) -> TypeArray:
 
     Raises `ValueError` for more than 256 channels.
     """
-    return defect_map(probs, rows, columns)[1]
+    return defect_map(probs, rows, columns).types
 
 
-def defect_map(probs: FloatArray, rows: TapTable, columns: TapTable) -> tuple[FloatArray, TypeArray]:
-    """`anomaly_map` and `type_map` of the same `probs` `[B, K+1, h, w]`, sharing the upsampled normal channel.
+@dataclass(frozen=True, eq=False)
+class Maps:
+    """What is made of one upsampling of all channels."""
+
+    anomaly: FloatArray  # [B, H, W] in [0, 1]
+    types: TypeArray  # [B, H, W]
+    peaks: FloatArray  # [B, K+1] highest value of each channel
+
+
+def defect_map(probs: FloatArray, rows: TapTable, columns: TapTable) -> Maps:
+    """`anomaly_map` and `type_map` of the same `probs` `[B, K+1, h, w]`, and how high each channel reaches.
 
     Raises `ValueError` for more than 256 channels.
     """
@@ -91,6 +101,7 @@ def defect_map(probs: FloatArray, rows: TapTable, columns: TapTable) -> tuple[Fl
     a_y, a_x = rows.dense(), columns.dense()
     anomaly = np.empty((batch, rows.size_out, columns.size_out), np.float32)
     types = np.zeros(anomaly.shape, np.uint8)
+    peaks = np.zeros((batch, channels), np.float32)
     step = max(1, _BLOCK_BYTES // (4 * channels * columns.size_out))
     for image in range(batch):
         for top in range(0, rows.size_out, step):
@@ -98,7 +109,8 @@ def defect_map(probs: FloatArray, rows: TapTable, columns: TapTable) -> tuple[Fl
             share = _upsample(probs[image], a_y[block], a_x)  # [K+1, step, W]
             _running_argmax(share, types[image, block])
             anomaly[image, block] = share[0]
-    return _complement(anomaly), types
+            np.maximum(peaks[image], share.max(axis=(1, 2)), out=peaks[image])
+    return Maps(_complement(anomaly), types, peaks)
 
 
 def image_score(

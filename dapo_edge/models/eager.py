@@ -59,7 +59,7 @@ class EagerBackend:
         prepared = time.perf_counter()
         tokens, embedding = self.method(image)
         encoded = time.perf_counter()
-        anomaly, types, probs = self._maps(tokens, bank, size)
+        anomaly, types, probs, peaks = self._maps(tokens, bank, size)
         scores = self._scores(embedding, bank, anomaly)
         finished = time.perf_counter()
         stages = {
@@ -67,7 +67,15 @@ class EagerBackend:
             "encode": (encoded - prepared) * 1e3,
             "map": (finished - encoded) * 1e3,
         }
-        return MapBatch(anomaly.numpy(), types.numpy(), probs.numpy(), scores.numpy(), bank, stages)
+        return MapBatch(
+            anomaly=anomaly.numpy(),
+            types=types.numpy(),
+            patch_probs=probs.numpy(),
+            type_scores=peaks[:, 1:].numpy(),
+            image_scores=scores.numpy(),
+            bank=bank,
+            stage_ms=stages,
+        )
 
     @torch.inference_mode()
     def encode(self, views: Sequence[View]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -95,7 +103,7 @@ class EagerBackend:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _maps(self, tokens: Tensor, bank: PromptBank, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    def _maps(self, tokens: Tensor, bank: PromptBank, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows = torch.from_numpy(bank.rows)
         logits = F.normalize(tokens, dim=-1) @ rows.T / self._spec.temperature
         probs = logits.softmax(dim=-1).mean(dim=1).transpose(1, 2).unflatten(2, self._spec.grid)  # [B, K+1, h, w]
@@ -103,7 +111,7 @@ class EagerBackend:
         upsampled = F.interpolate(probs, size=(height, width), mode="bilinear", align_corners=self._spec.align_corners)
         scale = self._spec.smoothing_px / self._spec.image_size
         smooth = _gaussian(_gaussian(upsampled, scale * height, dim=2), scale * width, dim=3)
-        return 1 - smooth[:, 0], smooth.argmax(dim=1).to(torch.uint8), probs
+        return 1 - smooth[:, 0], smooth.argmax(dim=1).to(torch.uint8), probs, smooth.amax(dim=(2, 3))
 
     def _scores(self, embedding: Tensor, bank: PromptBank, anomaly: Tensor) -> Tensor:
         pixels = anomaly.flatten(1)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Self
 
-from dapo_edge.backends.base import Backend, View, backend_class
+from dapo_edge.backends.base import Backend, View, backend_class, type_scores
 from dapo_edge.errors import BackendError, FrameError, RecipeError
 from dapo_edge.kernels.map_spec import MapSize, check_map_size
 from dapo_edge.kernels.pixels import PixelView
@@ -89,7 +89,7 @@ class Inspector:
         finished = time.perf_counter()
         ms = {**batch.stage_ms, "decide": (finished - decided) * 1e3, "total": (finished - started) * 1e3}
         defect_map = DefectMap(anomaly, batch.types[0], names)
-        return Inspection(score, verdict, defect_map, regions, size, limit, ms)
+        return Inspection(score, verdict, defect_map, regions, size, type_scores(batch), limit, ms)
 
     def set_bank(self, bank: PromptBank, thresholds: Thresholds | None = None) -> None:
         """Use other words from the next frame on; the engine stays as it is.

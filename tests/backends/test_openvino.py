@@ -47,6 +47,8 @@ def test_equals_eager(package: EnginePackage, sharp: PromptBank, picture: Any, m
     assert (got.types == expected.types).mean() >= 0.999
     np.testing.assert_allclose(got.patch_probs, expected.patch_probs, atol=1e-4)
     np.testing.assert_allclose(got.image_scores, expected.image_scores, atol=1e-4)
+    np.testing.assert_allclose(got.type_scores, expected.type_scores, atol=1e-4)
+    assert got.type_scores.shape == (1, 3)
     assert expected.anomaly.std() > 0.05, "a flat map would agree with anything"
     assert len(np.unique(expected.types)) > 1
     assert set(got.stage_ms) == set(expected.stage_ms) == {"preprocess", "encode", "map"}

@@ -91,6 +91,7 @@ def test_equals_the_cpu_engine(
             assert (got.types == expected.types).mean() >= 0.995
             np.testing.assert_allclose(got.patch_probs, expected.patch_probs, atol=0.02)
             np.testing.assert_allclose(got.image_scores, expected.image_scores, atol=0.01)
+            np.testing.assert_allclose(got.type_scores, expected.type_scores, atol=0.01)
             np.testing.assert_allclose(got.patch_probs.sum(axis=1), 1, atol=1e-5)
         assert set(got.stage_ms) == {"upload", "preprocess", "encode", "map", "download"}
     assert expected.anomaly.std() > 0.05, "a flat map would agree with anything"

@@ -27,7 +27,7 @@ def runs() -> list[tuple[Run, np.ndarray, float]]:
     small = pixels.preprocess(view.rgb(), 32, MEAN, STD)[None]
     return [
         (patch_run(tokens, bank, 0.07), probs.reshape(1, 4, 25), 5e-4),
-        (map_run(probs, *axes), reference.defect_map(probs, *axes)[0], 5e-4),
+        (map_run(probs, *axes), reference.anomaly_map(probs, *axes), 5e-4),
         (preprocess_run([view], 32), small, 1e-5),
     ]
 

@@ -41,8 +41,10 @@ class Painter:
         )
         share = np.clip(share, 0.001, 0.45).transpose(1, 0, 2, 3)  # [B, 2, h, w]
         probs = np.concatenate([1 - share.sum(axis=1, keepdims=True), share], axis=1).astype(np.float32)
-        anomaly, types = reference.defect_map(probs, *self.spec.tables((SIDE, SIDE)))
-        return MapBatch(anomaly, types, probs, anomaly.max(axis=(1, 2)), self.bank, {})
+        maps = reference.defect_map(probs, *self.spec.tables((SIDE, SIDE)))
+        return MapBatch(
+            maps.anomaly, maps.types, probs, maps.peaks[:, 1:], maps.anomaly.max(axis=(1, 2)), self.bank, {}
+        )
 
     def set_bank(self, bank: PromptBank) -> None:
         self.bank = bank

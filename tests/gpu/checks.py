@@ -99,7 +99,8 @@ def map_difference(maps: Maps, probs: NDArray[np.float32], tables: tuple[TapTabl
 
 
 def _one_map(maps: Maps, image: int, probs: NDArray[np.float32], tables: tuple[TapTable, TapTable]) -> MapDifference:
-    anomaly, types = reference.defect_map(probs, *tables)
+    expected = reference.defect_map(probs, *tables)
+    anomaly, types = expected.anomaly, expected.types
     channels = reference.upsample_maps(probs, *tables)[0]  # [K+1, H, W]
     second, best = np.partition(channels, -2, axis=0)[-2:]
     count = max(1, int(anomaly.size * 0.01))

@@ -116,7 +116,8 @@ def test_maps_are_the_references(case: Case) -> None:
     run = run_of(case)
     assert run.launch.kernel == case.kernel
     found = results(run, case.size[1])
-    anomaly, types = reference.defect_map(probs, rows, columns)
+    maps = reference.defect_map(probs, rows, columns)
+    anomaly, types = maps.anomaly, maps.types
     np.testing.assert_allclose(found.half.astype(np.float32), anomaly, rtol=0, atol=HALF)
     np.testing.assert_allclose(found.byte / 255, anomaly, rtol=0, atol=BYTE)
     shares = reference.upsample_maps(probs, rows, columns)

@@ -163,9 +163,11 @@ def test_defect_map_is_both_maps(scene: Scene, monkeypatch: pytest.MonkeyPatch) 
     types = reference.type_map(scene.probs, scene.rows, scene.columns)
     for size in (1, 20_000, 1 << 30):
         monkeypatch.setattr(reference, "_BLOCK_BYTES", size)
-        anomaly, blocked = reference.defect_map(scene.probs, scene.rows, scene.columns)
-        np.testing.assert_allclose(anomaly, expected, rtol=0, atol=ROUNDING)
-        assert (blocked == types).mean() > 0.999
+        maps = reference.defect_map(scene.probs, scene.rows, scene.columns)
+        np.testing.assert_allclose(maps.anomaly, expected, rtol=0, atol=ROUNDING)
+        assert (maps.types == types).mean() > 0.999
+        channels = reference.upsample_maps(scene.probs, scene.rows, scene.columns)
+        np.testing.assert_allclose(maps.peaks, channels.max(axis=(2, 3)), rtol=0, atol=ROUNDING)
 
 
 @settings(max_examples=25, deadline=None)
@@ -184,9 +186,9 @@ def test_every_pixel_is_a_distribution(
     assert maps.shape == (1, channels, *size)
     assert maps.min() >= 0
     np.testing.assert_allclose(maps.sum(axis=1), 1, rtol=0, atol=2 * ROUNDING)
-    anomaly, types = reference.defect_map(probs, *tables)
-    assert 0 <= anomaly.min() <= anomaly.max() <= 1
-    assert types.max() < channels
+    defects = reference.defect_map(probs, *tables)
+    assert 0 <= defects.anomaly.min() <= defects.anomaly.max() <= 1
+    assert defects.types.max() < channels
 
 
 @pytest.mark.parametrize("temperature", [0.07, 0.01])

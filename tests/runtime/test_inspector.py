@@ -31,8 +31,9 @@ class FakeBackend:
         probs = np.zeros((len(views), len(self.bank.names), *self.spec.grid), np.float32)
         probs[:, 0] = 1
         probs[:, :, 1:3, 4:6] = np.array([0.1, 0.2, 0.7, 0.0], np.float32)[None, :, None, None]
-        anomaly, types = reference.defect_map(probs, *self.spec.tables((96, 96)))
-        return MapBatch(anomaly, types, probs, np.full(len(views), 0.8, np.float32), self.bank, {"encode": 1.0})
+        maps = reference.defect_map(probs, *self.spec.tables((96, 96)))
+        score = np.full(len(views), 0.8, np.float32)
+        return MapBatch(maps.anomaly, maps.types, probs, maps.peaks[:, 1:], score, self.bank, {"encode": 1.0})
 
     def encode(self, views: Sequence[Any]) -> Any:
         raise AssertionError("the runtime never asks for tokens")
@@ -107,7 +108,7 @@ def test_neighbouring_regions_are_told_apart(package: EnginePackage) -> None:
     probs[:, 0, :5] = np.array([0.1, 0.9, 0, 0], np.float32)[:, None]  # an L of the first type ...
     probs[:, :5, 0] = np.array([0.1, 0.9, 0, 0], np.float32)[:, None]
     probs[:, 3:5, 3:5] = np.array([0.2, 0, 0, 0.8], np.float32)[:, None, None]  # ... around a blob of the third
-    anomaly, _ = reference.defect_map(probs[None], *spec.tables((120, 120)))
+    anomaly = reference.anomaly_map(probs[None], *spec.tables((120, 120)))
     regions = find_regions(anomaly[0], probs, names, spec, 0.5, (240, 120))
     assert [region.type for region in regions] == ["scratch", "glue"]
     around, blob = (region.box for region in regions)
