@@ -98,9 +98,9 @@ class Inspection:
     defect_map: DefectMap
     regions: tuple[Region, ...]  # most defective first
     frame_size: tuple[int, int]  # width, height in pixels
-    type_scores: Mapping[str, float] = field(default_factory=dict)  # defect type -> highest probability on the map
     pixel_threshold: float | None = None  # anomaly above which a pixel is defective; None: not calibrated
     ms: Mapping[str, float] = field(default_factory=dict)  # stage -> milliseconds, with "total"
+    type_scores: Mapping[str, float] = field(default_factory=dict)  # defect type -> highest probability on the map
 
     @property
     def anomaly_map(self) -> NDArray[np.float32]:

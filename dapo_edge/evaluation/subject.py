@@ -181,8 +181,8 @@ class Subject:
         )
         found = DefectMap(anomaly, batch.types[0], batch.bank.names)
         score, verdict = float(batch.image_scores[0]), self.verdict(batch)
-        types = type_scores(batch)
-        return Inspection(score, verdict, found, regions, size, types, limit.value if limit else None)
+        highest = limit.value if limit else None
+        return Inspection(score, verdict, found, regions, size, highest, type_scores=type_scores(batch))
 
     def as_json(self) -> dict[str, Any]:
         """What it is."""

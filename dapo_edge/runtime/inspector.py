@@ -89,7 +89,7 @@ class Inspector:
         finished = time.perf_counter()
         ms = {**batch.stage_ms, "decide": (finished - decided) * 1e3, "total": (finished - started) * 1e3}
         defect_map = DefectMap(anomaly, batch.types[0], names)
-        return Inspection(score, verdict, defect_map, regions, size, type_scores(batch), limit, ms)
+        return Inspection(score, verdict, defect_map, regions, size, limit, ms, type_scores(batch))
 
     def set_bank(self, bank: PromptBank, thresholds: Thresholds | None = None) -> None:
         """Use other words from the next frame on; the engine stays as it is.

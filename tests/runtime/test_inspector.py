@@ -13,6 +13,7 @@ from dapo_edge import Inspector
 from dapo_edge.backends.base import MapBatch
 from dapo_edge.errors import BackendError, FrameError, RecipeError
 from dapo_edge.kernels import reference
+from dapo_edge.kernels.pixels import PixelView
 from dapo_edge.package import EnginePackage, Threshold, Thresholds
 from dapo_edge.prompt_bank import PromptBank
 from dapo_edge.runtime.decide import decide, find_regions
@@ -72,6 +73,9 @@ def test_a_region_is_found_named_and_placed(package: EnginePackage) -> None:
     assert result.types == ("normal", "scratch", "missing part", "glue")
     assert result.anomaly_map.shape == (96, 96)
     assert result.type_map.max() == 2
+    assert set(result.type_scores) == {"scratch", "missing part", "glue"}
+    assert max(result.type_scores, key=lambda name: result.type_scores[name]) == "missing part"
+    assert 0.5 < result.type_scores["missing part"] <= 0.7
     (region,) = result.regions
     assert region.type == "missing part"
     assert 0.7 < region.score <= 0.91
@@ -250,3 +254,14 @@ def test_arguments_of_the_wrong_kind(package: EnginePackage) -> None:
 def test_unknown_backend(package: EnginePackage) -> None:
     with pytest.raises(RecipeError, match="unknown backend 'tensorflow'"):
         Inspector(package.path, backend="tensorflow")
+
+
+def test_a_camera_s_own_bytes_are_inspected(package: EnginePackage) -> None:
+    grey = np.random.default_rng(0).integers(0, 256, (120, 90), np.uint8)
+    with Inspector(package) as inspector:
+        raw = inspector.inspect(PixelView(grey, "GRAY8", 90, 120))
+        same = inspector.inspect(grey)
+        np.testing.assert_array_equal(raw.anomaly_map, same.anomaly_map)
+        assert raw.frame_size == (90, 120)
+        with pytest.raises(FrameError, match="a frame of 8 x 120 px can't be inspected"):
+            inspector.inspect(PixelView(grey, "GRAY8", 90, 120, (0, 0, 8, 120)))
