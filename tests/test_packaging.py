@@ -33,6 +33,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
         "dapo_edge/models/ensemble.yaml",
         "dapo_edge/kernels/common.cuh",
         "dapo_edge/kernels/defect_map.cu",
+        "dapo_edge/kernels/patch_probabilities.cu",
         "dapo_edge/kernels/preprocess.cu",
         "dapo_edge/py.typed",
     ):

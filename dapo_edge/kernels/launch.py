@@ -1,6 +1,6 @@
 """What the CUDA kernels are launched with: job structures, tables and block shapes. Pure arithmetic, no CUDA in here.
 
-The structures mirror `preprocess.cu` and `defect_map.cu` field by field; every kernel takes one of them by value.
+The structures mirror those of the `.cu` files field by field; every kernel takes one of them by value.
 """
 
 from __future__ import annotations
@@ -218,10 +218,9 @@ def map_tables(rows: TapTable, columns: TapTable) -> MapTables:
     first = np.minimum(first, max(columns.size_in - window, 0))
     window = min(window, columns.size_in)
     weights = np.zeros((groups, window, COLUMNS_PER_THREAD), np.float32)
-    for column in range(width):
-        group, place = divmod(column, COLUMNS_PER_THREAD)
-        offset = columns.starts[column] - first[group]
-        weights[group, offset : offset + columns.taps, place] = columns.weights[column]
+    group, place = np.divmod(np.arange(width), COLUMNS_PER_THREAD)
+    offsets = (columns.starts - first[group])[:, None] + np.arange(columns.taps)  # [W, taps]
+    weights[group[:, None], offsets, place[:, None]] = columns.weights
     if (np.diff(first) < 0).any() or (np.diff(rows.starts) < 0).any():
         raise ValueError("the windows of a tap table go backwards")
     return MapTables(
@@ -308,31 +307,27 @@ def _padded_window(weights: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _map_block(tables: MapTables, thread_rows: int) -> tuple[int, int]:
-    """Groups and lines of one block: as few threads without a pixel as possible, then as many threads as possible."""
+    """Groups and lines of one block, so that all blocks together cost least; `_block_cost` says what counts."""
     groups_needed, lines_needed = len(tables.group_starts), _ceil(tables.height, thread_rows)
-    best, best_rank = (1, 1), (-1.0, 0)
-    for groups in range(1, min(groups_needed, 128) + 1):
+    best, least = (1, 1), float("inf")
+    for groups in range(1, min(groups_needed, _MAX_THREADS) + 1):
+        span = _span(tables, groups)
         for lines in range(1, min(lines_needed, _MAX_THREADS // groups) + 1):
-            threads = _ceil(groups * lines, _WARP) * _WARP
-            started = _ceil(groups_needed, groups) * _ceil(lines_needed, lines) * threads
-            band = 4 * lines * thread_rows * min(_span_bound(tables, groups), tables.grid[1])
-            if band > _SHARED_LIMIT // 4 and (groups, lines) != (1, 1):
-                continue
-            # A block narrower than a warp reads its window of the grid for too few pixels.
-            penalty = 0.2 if groups < 8 < groups_needed else 0.0
-            rank = (
-                round(groups_needed * lines_needed / started, 2) - penalty,
-                threads,
-            )
-            if rank > best_rank:
-                best, best_rank = (groups, lines), rank
+            if 4 * lines * thread_rows * span > _SHARED_WISH // 4 and (groups, lines) != (1, 1):
+                continue  # too few channels would fit at once
+            blocks = _ceil(groups_needed, groups) * _ceil(lines_needed, lines)
+            cost = blocks * _block_cost(tables, thread_rows, groups * lines, lines, span)
+            if cost < least:
+                best, least = (groups, lines), cost
     return best
 
 
-def _span_bound(tables: MapTables, groups: int) -> int:
-    """About how many columns of the grid a block of `groups` reads."""
-    per_group = tables.grid[1] / max(1, len(tables.group_starts))
-    return int(groups * per_group) + tables.window + 1
+def _block_cost(tables: MapTables, thread_rows: int, threads: int, lines: int, span: int) -> float:
+    """About how many instructions a block takes for one channel: its pixels, and the band of the grid below them."""
+    pixels = _ceil(threads, _WARP) * _WARP * thread_rows * (5 * tables.window + 20)
+    band = lines * thread_rows * _ceil(span, 4) * 4 * (25 + 2 * tables.row_weights.shape[1])
+    # Blocks of a few warps have too little to do while they wait at a barrier.
+    return (pixels + band) * (1.1 if threads <= 2 * _WARP else 1.0)
 
 
 def _span(tables: MapTables, groups: int) -> int:

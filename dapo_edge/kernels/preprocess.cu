@@ -152,7 +152,6 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, BLOCKS_PER_SM) preproc
     float sums[MAX_ROWS_PER_THREAD][3] = {};
     for (int top = view.row_starts[first_row]; top < bottom; top += STRIP) {
         const int rows = min(STRIP, bottom - top);
-        __syncthreads();
         for (int y = line; y < rows; y += THREAD_ROWS) {
             for (int x = lane; x < reach; x += 32) {
                 pixels[y * segment + x] = read_box(view, left + x, top + y);

@@ -34,16 +34,15 @@ extern "C" __global__ void preprocess_2(PreprocessJob job, const View first, con
     preprocess(job);
 }
 """
-# In the order of the files defect_map.cu, preprocess.cu; the names say what each keeps apart.
+# In the order of the files defect_map.cu, patch_probabilities.cu, preprocess.cu; the names say what each keeps apart.
 BARRIERS = (
+    "map: pixels before the next channels",
+    "map: the band before its pixels",
+    "map: peaks and histogram of the block before they leave it",
     "patch: products before the next part of the bank",
     "patch: the bank before its products",
     "patch: one layer before the next",
     "patch: the sum before it is written",
-    "map: pixels before the next channels",
-    "map: the band before its pixels",
-    "map: peaks and histogram of the block before they leave it",
-    "preprocess: one strip before the next",  # the one before the columns does that, too
     "preprocess: pixels before columns",
     "preprocess: columns before rows",
 )
