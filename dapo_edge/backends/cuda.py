@@ -152,9 +152,12 @@ class Cuda:
         """Device memory that holds a copy of `array`."""
         content = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
         buffer = self.allocate(content.nbytes, purpose)
-        self._api.memcpy_htod(buffer.address, content)
-        # The copy may still be on its way from the driver's staging memory, and our stream doesn't wait for it.
-        self._api.Context.synchronize()
+        # Through our own stream, which doesn't wait for other copies; waiting for the context would break others' captures.
+        staging = self.pinned(content.nbytes)
+        staging.array[: content.nbytes] = content
+        self.upload(buffer.address, staging.array[: content.nbytes])
+        self.synchronise()
+        self.unpin(staging)
         return buffer
 
     def free(self, buffer: DeviceBuffer) -> None:
@@ -191,9 +194,9 @@ class Cuda:
         """Copy from the device address `source` to pinned bytes, in stream order."""
         self._api.memcpy_dtoh_async(target, source, self._stream)
 
-    def clear(self, buffer: DeviceBuffer) -> None:
-        """Set a buffer to zero, in stream order; its size is a multiple of 4."""
-        self._api.memset_d32_async(buffer.address, 0, buffer.nbytes // 4, self._stream)
+    def clear(self, buffer: DeviceBuffer, value: int = 0) -> None:
+        """Set a buffer to zero, or to another 32-bit value, in stream order; bytes beyond a multiple of 4 stay."""
+        self._api.memset_d32_async(buffer.address, value, buffer.nbytes // 4, self._stream)
 
     def load_kernels(self, cubin: bytes) -> Kernels:
         """Load compiled kernels, to be kept until the GPU is closed. Raises `BackendError` when the driver refuses."""
@@ -220,7 +223,8 @@ class Cuda:
         graph = ctypes.c_void_p()
         _check(driver, driver.cuStreamBeginCapture_v2(handle, _THREAD_LOCAL), "begin a graph")
         try:
-            work()
+            with _explained(self._api, "a call was refused while a graph was captured"):
+                work()
         except BaseException:
             # The stream must leave the capture, whatever it made; the first error is the one to be told.
             driver.cuStreamEndCapture(handle, ctypes.byref(graph))

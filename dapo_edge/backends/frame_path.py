@@ -14,61 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dapo_edge.backends.base import View
-from dapo_edge.backends.cuda import Cuda, DeviceBuffer, Event, Graph, Kernels, PinnedBuffer
-from dapo_edge.backends.trt_api import Engine
+from dapo_edge.backends.cuda import DeviceBuffer, Event, Graph, PinnedBuffer
+from dapo_edge.backends.view_input import SCRAMBLED, Shared, ViewInput, ViewShape
 from dapo_edge.errors import BackendError
 from dapo_edge.kernels import launch
 from dapo_edge.kernels.map_spec import MapSpec
-from dapo_edge.kernels.pixels import PixelFormat, PixelView
-from dapo_edge.kernels.resample import TapTable
-from dapo_edge.package import Manifest
 
 STAGES = ("upload", "preprocess", "encode", "map", "download")
-REPLAY_TOLERANCE = 0.01  # of the anomaly map: a graph that computes something else is far beyond it
-
-
-@dataclass(frozen=True)
-class ViewShape:
-    """What the buffers for one view depend on."""
-
-    format: PixelFormat
-    width: int  # of the whole picture, px
-    height: int
-    rows: int  # of bytes
-    pitch: int  # bytes per row
-    window: tuple[int, int, int, int]  # left, top, width, height of what is looked at
-
-    @classmethod
-    def of(cls, view: View) -> ViewShape:
-        """Shape of a view; of an array only what it shows is copied, whatever it is a part of."""
-        if isinstance(view, PixelView):
-            rows, pitch = view.data.shape
-            return cls(view.format, view.width, view.height, rows, pitch, view.window)
-        height, width = view.shape[:2]
-        return cls("BGR8", width, height, height, 3 * width, (0, 0, width, height))
-
-
-@dataclass(frozen=True, eq=False)
-class Shared:
-    """What every path of one backend uses."""
-
-    cuda: Cuda
-    kernels: Kernels
-    engine: Engine
-    manifest: Manifest
-    images: DeviceBuffer  # [B, 3, S, S], the engine's input
-    images_are_half: bool
-    tokens: DeviceBuffer  # [B, L, N, D] FP16
-    embedding: DeviceBuffer  # [B, D] FP32
-    probs: DeviceBuffer  # [B, K+1, N] FP32, room for every number of types
-    bank: DeviceBuffer
-    host_probs: PinnedBuffer
-    host_embedding: PinnedBuffer
-
-    @property
-    def patches(self) -> int:
-        """N."""
-        return self.manifest.map.grid[0] * self.manifest.map.grid[1]
+REPLAY_TOLERANCE = 0.01  # of any value in [0, 1]: a graph that computes something else is far beyond it
+_ALLOW_PLAIN = "Update driver and TensorRT, or allow plain launches, which are slower: DAPO_EDGE_CUDA_GRAPH=off"
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,98 +39,6 @@ class MapResult:
     stage_ms: dict[str, float]
 
 
-class ViewInput:
-    """The buffers of the views of one batch, and the kernel that brings them into the encoder's input."""
-
-    def __init__(self, shared: Shared, shapes: tuple[ViewShape, ...]) -> None:
-        self._shared, self.shapes = shared, shapes
-        cuda, manifest = shared.cuda, shared.manifest
-        self._owned: list[DeviceBuffer] = []
-        self._zero_copy = cuda.gpu.integrated  # one memory for both: a copy would only cost time
-        self.staging: list[PinnedBuffer] = []
-        self._pixels: list[int] = []
-        try:
-            self._prepare(manifest)
-        except BaseException:
-            self.close()
-            raise
-
-    def _prepare(self, manifest: Manifest) -> None:
-        shapes, size, shared = self.shapes, manifest.image_size, self._shared
-        for shape in shapes:
-            pinned = shared.cuda.pinned(shape.rows * shape.pitch)
-            self.staging.append(pinned)
-            self._pixels.append(
-                pinned.device_address if self._zero_copy else self._own(pinned.nbytes, "frames").address
-            )
-        on_device: dict[TapTable, tuple[int, int]] = {}
-
-        def uploaded(table: TapTable) -> tuple[int, int]:
-            if table not in on_device:
-                on_device[table] = (self._constant(table.starts), self._constant(table.weights))
-            return on_device[table]
-
-        views = (launch.ViewJob * len(shapes))()
-        tables = []
-        for place, (shape, pixels) in enumerate(zip(shapes, self._pixels, strict=True)):
-            view, rows, columns = launch.view_job(
-                (shape.width, shape.height), shape.window, shape.pitch, shape.format, size
-            )
-            view.pixels, view.chroma = pixels, pixels + shape.pitch * shape.height
-            view.row_starts, view.row_weights = uploaded(rows.table)
-            view.column_starts, view.column_weights = uploaded(columns.table)
-            views[place] = view
-            tables.append(columns.table)
-        self._job = launch.PreprocessJob(
-            views=self._constant(np.frombuffer(bytes(views), np.uint8)),
-            images=shared.images.address,
-            is_half=shared.images_are_half,
-        )
-        for channel, (mean, std) in enumerate(
-            zip(manifest.preprocessing.mean, manifest.preprocessing.std, strict=True)
-        ):
-            self._job.scale[channel], self._job.bias[channel] = 1 / (255 * std), -mean / std
-        self._launch = launch.preprocess_launch(tables, size, self._job)
-
-    def fill(self, views: Sequence[View]) -> None:
-        """Copy the views into pinned memory."""
-        for pinned, shape, view in zip(self.staging, self.shapes, views, strict=True):
-            target = pinned.array[: shape.rows * shape.pitch]
-            if isinstance(view, PixelView):
-                target.reshape(shape.rows, shape.pitch)[...] = view.data
-            else:
-                target.reshape(view.shape)[...] = view
-
-    def upload(self) -> None:
-        """Pinned memory to the GPU, in stream order."""
-        if not self._zero_copy:
-            for pinned, address in zip(self.staging, self._pixels, strict=True):
-                self._shared.cuda.upload(address, pinned.array)
-
-    def preprocess(self) -> None:
-        """The GPU's pixels to the encoder's input, in stream order."""
-        self._shared.kernels.start(self._launch, self._job)
-
-    def close(self) -> None:
-        """Free the buffers."""
-        for buffer in self._owned:
-            self._shared.cuda.free(buffer)
-        for pinned in self.staging:
-            self._shared.cuda.unpin(pinned)
-        self._owned.clear()
-        self.staging.clear()
-
-    def _own(self, nbytes: int, purpose: str) -> DeviceBuffer:
-        buffer = self._shared.cuda.allocate(nbytes, purpose)
-        self._owned.append(buffer)
-        return buffer
-
-    def _constant(self, array: NDArray[np.generic]) -> int:
-        buffer = self._shared.cuda.constant(array, "resampling tables")
-        self._owned.append(buffer)
-        return buffer.address
-
-
 class FramePath:
     """Views of fixed shapes to maps of a fixed size."""
 
@@ -189,6 +51,7 @@ class FramePath:
         self._graph: Graph | None = None
         self._with_graph = with_graph
         self._owned: list[DeviceBuffer] = []
+        self._outputs: list[DeviceBuffer] = []  # those of `_owned` that the work writes
         self._pinned: list[PinnedBuffer] = []
         self._events: list[Event] = []
         self.view_input = ViewInput(shared, shapes)
@@ -199,33 +62,52 @@ class FramePath:
             self.close()
             raise
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that it holds, of host and GPU."""
+        own = sum(held.nbytes for held in self._owned) + sum(held.nbytes for held in self._pinned)
+        return self.view_input.nbytes + own
+
     def run(self, views: Sequence[View], channels: int) -> MapResult:
         """Inspect one batch. The first one runs plainly, then is captured and repeated, and both must agree."""
-        cuda = self._shared.cuda
         self.view_input.fill(views)
         if self._graph is not None:
             self._graph.launch()
             return self._collect(channels)
         self._enqueue(in_graph=False)
         result = self._collect(channels)
-        if self._with_graph:
-            try:
-                self._graph = cuda.capture(lambda: self._enqueue(in_graph=True))
-            except BackendError as error:
-                raise BackendError(
-                    f"the GPU work can't be captured as a CUDA graph ({error.cause})",
-                    "Update driver and TensorRT, or allow plain launches, which are slower: DAPO_EDGE_CUDA_GRAPH=off",
-                ) from error
-            self._graph.launch()
+        return self._captured(result, channels) if self._with_graph else result
+
+    def _captured(self, plain: MapResult, channels: int) -> MapResult:
+        """Capture the work and keep the graph if it repeats what was launched plainly, out of scrambled buffers."""
+        cuda = self._shared.cuda
+        try:
+            graph = cuda.capture(lambda: self._enqueue(in_graph=True))
+        except BackendError as error:
+            raise BackendError(
+                f"the GPU work can't be captured as a CUDA graph ({error.cause})", _ALLOW_PLAIN
+            ) from error
+        try:
+            self._scramble()
+            graph.launch()
             replayed = self._collect(channels)
-            # NaN, which the inspector reports, is equal to itself here.
-            if not np.allclose(replayed.anomaly, result.anomaly, rtol=0, atol=REPLAY_TOLERANCE, equal_nan=True):
-                raise BackendError(
-                    "the captured CUDA graph gives another map than the same work launched plainly",
-                    "Update driver and TensorRT, or allow plain launches, which are slower: DAPO_EDGE_CUDA_GRAPH=off",
-                )
-            return replayed
-        return result
+            if not _agree(plain, replayed):
+                what = "the captured CUDA graph gives another map than the same work launched plainly"
+                raise BackendError(what, _ALLOW_PLAIN)
+        except BaseException:
+            graph.close()
+            raise
+        self._graph = graph
+        return replayed
+
+    def _scramble(self) -> None:
+        """Overwrite everything that the work writes: a graph that left a part out would repeat what was there."""
+        shared = self._shared
+        self.view_input.scramble()
+        for buffer in (shared.tokens, shared.embedding, shared.probs, *self._outputs):
+            shared.cuda.clear(buffer, SCRAMBLED)
+        for pinned in (*self._pinned, shared.host_embedding, shared.host_probs):
+            pinned.array[:] = 0xFF
 
     def close(self) -> None:
         """Free graph, events and buffers."""
@@ -337,6 +219,7 @@ class FramePath:
     def _output(self, nbytes: int) -> tuple[DeviceBuffer, PinnedBuffer]:
         buffer = self._shared.cuda.allocate(nbytes, "maps")
         self._owned.append(buffer)
+        self._outputs.append(buffer)
         pinned = self._shared.cuda.pinned(nbytes)
         self._pinned.append(pinned)
         return buffer, pinned
@@ -351,3 +234,18 @@ def _typed(pinned: PinnedBuffer, dtype: type, shape: tuple[int, ...]) -> NDArray
     """A view into pinned memory."""
     count = int(np.prod(shape)) * np.dtype(dtype).itemsize
     return pinned.array[:count].view(dtype).reshape(shape)
+
+
+def _agree(one: MapResult, other: MapResult) -> bool:
+    """Whether two runs over the same views gave the same; NaN, which the inspector reports, is equal to itself."""
+    scale = max(1e-6, float(np.abs(np.nan_to_num(one.embedding)).max()))
+    pairs = (
+        (one.anomaly, other.anomaly),
+        (one.probs, other.probs),
+        (one.peaks, other.peaks),
+        (one.highest, other.highest),
+        (one.embedding / scale, other.embedding / scale),
+        *(() if one.top is None or other.top is None else ((one.top, other.top),)),
+    )
+    close = all(np.allclose(a, b, rtol=0, atol=REPLAY_TOLERANCE, equal_nan=True) for a, b in pairs)
+    return close and float((one.types == other.types).mean()) > 1 - REPLAY_TOLERANCE

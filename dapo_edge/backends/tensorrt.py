@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -15,16 +16,20 @@ from dapo_edge import targets
 from dapo_edge.backends import trt_api
 from dapo_edge.backends.base import MapBatch, MapSize, View, check_bank, map_pixels
 from dapo_edge.backends.cuda import Cuda, Kernels
-from dapo_edge.backends.frame_path import STAGES, FramePath, MapResult, Shared, ViewInput, ViewShape
-from dapo_edge.errors import BackendError, PackageDamaged
+from dapo_edge.backends.frame_path import STAGES, FramePath, MapResult
+from dapo_edge.backends.view_input import Shared, ViewInput, ViewShape
+from dapo_edge.errors import BackendError, PackageDamaged, RecipeError
 from dapo_edge.kernels import launch, reference
 from dapo_edge.kernels.compile import compile_kernels, source_digest
+from dapo_edge.kernels.pixels import PixelView
 from dapo_edge.package import EnginePackage, Manifest
 from dapo_edge.prompt_bank import PromptBank
 
 INPUT, TOKENS, EMBEDDING = "image", "patch_tokens", "image_embedding"
 GRAPH_VARIABLE = "DAPO_EDGE_CUDA_GRAPH"  # "off": plain launches, named in every result
-MAX_PATHS = 4  # kinds of batches whose buffers are kept; a line has one or two
+
+log = logging.getLogger(__name__)
+MAX_PATH_BYTES = 1 << 30  # of host and GPU, for the kinds of batches (sizes, formats) whose buffers and graphs are kept
 
 
 class TensorRtBackend:
@@ -41,7 +46,8 @@ class TensorRtBackend:
         self._manifest, self._cuda, self._map_size = manifest, cuda, map_size
         self._paths: OrderedDict[tuple[object, ...], FramePath] = OrderedDict()
         self._closing = contextlib.ExitStack()
-        self._with_graph = os.environ.get(GRAPH_VARIABLE, "on").lower() not in ("off", "0", "no")
+        self._gave_up = False
+        self._with_graph = _graph_wanted()
         self.precision = precision
         try:
             trt = trt_api.load()
@@ -80,6 +86,7 @@ class TensorRtBackend:
     def infer(self, views: Sequence[View]) -> MapBatch:
         """Inspect views of any size and pixel format. Views beyond the plan's batch size take several calls."""
         manifest, bank = self._manifest, self.bank
+        views = _trimmed(views)
         size = map_pixels(self._map_size, manifest.image_size, views)
         with self._active():
             results = [self._path(chunk, size).run(chunk, len(bank.names)) for chunk in _chunks(views, manifest.batch)]
@@ -99,7 +106,7 @@ class TensorRtBackend:
     def encode(self, views: Sequence[View]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Patch tokens [B, L, N, D] and image embeddings [B, D], the caller's own: what the accuracy gate compares."""
         with self._active():
-            parts = [self._encode_chunk(chunk) for chunk in _chunks(views, self._manifest.batch)]
+            parts = [self._encode_chunk(chunk) for chunk in _chunks(_trimmed(views), self._manifest.batch)]
         return np.concatenate([tokens for tokens, _ in parts]), np.concatenate([row for _, row in parts])
 
     def set_bank(self, bank: PromptBank) -> None:
@@ -117,10 +124,12 @@ class TensorRtBackend:
         """Free graphs, buffers, engine and GPU. Never raises."""
         with contextlib.suppress(BackendError), self._cuda.active():
             for path in self._paths.values():
-                path.close()
-            self._paths.clear()
-            self._closing.close()
+                with contextlib.suppress(Exception):
+                    path.close()
+            with contextlib.suppress(Exception):
+                self._closing.close()
         self._paths.clear()
+        self._closing.close()  # TensorRT's objects must go before the context that they live in
         self._cuda.close()
 
     def __enter__(self) -> Self:
@@ -138,12 +147,19 @@ class TensorRtBackend:
         key = (shapes, map_size)
         path = self._paths.get(key)
         if path is None:
-            while len(self._paths) >= MAX_PATHS:
-                self._paths.popitem(last=False)[1].close()
+            self._make_room()
             path = FramePath(self._shared, shapes, map_size, with_graph=self._with_graph)
             self._paths[key] = path
         self._paths.move_to_end(key)
         return path
+
+    def _make_room(self) -> None:
+        """Give up the buffers that were not used for longest, beyond the limit."""
+        while sum(path.nbytes for path in self._paths.values()) > MAX_PATH_BYTES:
+            if not self._gave_up:
+                log.warning("frames of so many sizes that buffers and graphs are made again and again: each costs time")
+            self._gave_up = True
+            self._paths.popitem(last=False)[1].close()
 
     def _encode_chunk(self, views: Sequence[View]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         shared, manifest, count = self._shared, self._manifest, len(views)
@@ -175,6 +191,13 @@ class TensorRtBackend:
         if spec.score == "max":
             return np.concatenate([result.highest for result in results])
         return np.concatenate([result.top for result in results if result.top is not None])
+
+
+def _graph_wanted() -> bool:
+    value = os.environ.get(GRAPH_VARIABLE, "on").lower()
+    if value not in ("on", "off"):
+        raise RecipeError(f"{GRAPH_VARIABLE} is '{value}'", "Set it to on or off, or leave it out")
+    return value == "on"
 
 
 def check_limits(manifest: Manifest, bank: PromptBank) -> None:
@@ -237,6 +260,11 @@ def _check_tensors(engine: trt_api.Engine, manifest: Manifest) -> None:
 
 def _token_shape(manifest: Manifest) -> tuple[int, int, int]:
     return len(manifest.feature_layers), manifest.map.grid[0] * manifest.map.grid[1], manifest.dimensions
+
+
+def _trimmed(views: Sequence[View]) -> list[View]:
+    """Views over no more bytes than they show: those are copied."""
+    return [view.trimmed() if isinstance(view, PixelView) else view for view in views]
 
 
 def _chunks(views: Sequence[View], batch: int) -> list[Sequence[View]]:

@@ -67,6 +67,34 @@ class PixelView:
         """Of the part that is looked at, as an image: height, width, 3."""
         return self.window[3], self.window[2], 3
 
+    def trimmed(self) -> PixelView:
+        """The same view over as few bytes as its pixels need: what is worth copying.
+
+        Bayer keeps a pixel around it, because colours are made of neighbours, and its phase; NV12 its pairs.
+        """
+        left, top, width, height = self.window
+        if self.crop is None or min(width, height) < 2:
+            return self
+        if self.format == "NV12":
+            return self._trimmed_nv12()
+        per_pixel = _BYTES_PER_PIXEL[self.format]
+        rim = 1 if self.format == "BayerRG8" else 0
+        first_x, first_y = (max(place - rim, 0) // (1 + rim) * (1 + rim) for place in (left, top))
+        end_x, end_y = min(left + width + rim, self.width), min(top + height + rim, self.height)
+        data = self.data[first_y:end_y, first_x * per_pixel : end_x * per_pixel]
+        inside = (left - first_x, top - first_y, width, height)
+        return PixelView(data, self.format, end_x - first_x, end_y - first_y, inside)
+
+    def _trimmed_nv12(self) -> PixelView:
+        left, top, width, height = self.window
+        first_x, first_y = left // 2 * 2, top // 2 * 2
+        across, down = left + width - first_x, top + height - first_y
+        columns = slice(first_x, first_x + across + across % 2)
+        first_pair = self.height + first_y // 2
+        luma, chroma = self.data[first_y : first_y + down], self.data[first_pair : first_pair + -(-down // 2)]
+        data = np.vstack([luma[:, columns], chroma[:, columns]])
+        return PixelView(data, "NV12", across, down, (left - first_x, top - first_y, width, height))
+
     def rgb(self) -> Bytes:
         """The part that is looked at, [H, W, 3] RGB."""
         left, top, width, height = self.window
