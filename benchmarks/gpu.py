@@ -1,11 +1,12 @@
 """Measure kernels, encoder and backend on this machine's GPU and write benchmarks/results/<device>/gpu.json.
 
-    python benchmarks/gpu.py [--quick] [--out DIR] [--package PKG | --encoder DIR]
+    python benchmarks/gpu.py [--quick] [--out DIR] [--parts NAMES] [--package PKG | --encoder DIR]
 
 Run it once with a Python that has torch: the kernels alone, and what people write in torch to compare with. Run it
 again with one that has TensorRT and pycuda: the whole backend. Each run replaces its own parts of the file and keeps
-the others. `--package` names a compiled package for the second; `--encoder` the folder of `gpu_encoder.py`, which
-stands for ViT-L where no weights are. `--quick` leaves out what torch compiles, and writes gpu-quick.json.
+the others; the file is written after every piece, and a part says whether it was finished. `--package` names a
+compiled package for the second run; `--encoder` the folder of `gpu_encoder.py`, which stands for ViT-L where no weights
+are. `--quick` leaves out what torch compiles unless `--parts` names it, and writes gpu-quick.json.
 
 Everything is compared with `reference.py` before it is timed.
 """
@@ -13,13 +14,10 @@ Everything is compared with `reference.py` before it is timed.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import re
 import sys
 from collections.abc import Sequence
-from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,74 +26,123 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "gpu"))  # the kern
 
 import checks
 import numpy as np
-from driver import TorchMachine
-from gpu_measure import QUICK, Bench, Effort, Workload, gpu_us, host_us, kernel_us, part, warm_up
+from driver import TorchMachine, Work
+from gpu_measure import QUICK, Bench, Effort, Steps, Workload, cold_us, gpu_us, host_us, kernel_us, part, warm_up
+from gpu_results import Results
 from works import FrameWork, MapWork
 
 from dapo_edge import device
 from dapo_edge.errors import DapoEdgeError
 
 ROOT = Path(__file__).parents[1]
-SCHEMA = "dapo-edge gpu 1"
+PARTS = ("kernels", "torch", "compile", "tensorrt")
 
 
 def main(
     arguments: Sequence[str] | None = None, machine: Bench | None = None, workload: Workload | None = None
 ) -> dict[str, Any]:
-    """Measure what this Python can, write the file, and return what is in it."""
+    """Measure what this Python can, write the file after each piece, and return what is in it."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options, command = _parse(arguments), " ".join(["python benchmarks/gpu.py", *arguments])
-    effort, workload = QUICK if options.quick else Effort(), workload or Workload()
-    machine = machine or _torch_machine()
-    parts: dict[str, Any] = {}
-    if machine is not None:
-        bench = machine
-        parts["kernels"] = _say("kernels", part(command, lambda: kernels(bench, workload, effort)))
-        if find_spec("torch"):
-            from gpu_torch import torch_part
-
-            parts["torch"] = _say("torch", part(command, lambda: torch_part(bench, workload, effort)))
-    if options.package or options.encoder:
-        from gpu_tensorrt import tensorrt_part
-
-        measure = partial(tensorrt_part, options.package, options.encoder, workload, effort)
-        parts["tensorrt"] = _say("tensorrt", part(command, measure))
-    if not parts:
+    machine = _machine(options, machine)
+    measures = _measures(options, machine, workload or Workload())
+    if not measures:
         raise SystemExit(
             "nothing can be measured: this Python has no torch that sees a GPU, and no --package or --encoder was named"
         )
-    name = machine.gpu.name if machine else device.gpus()[0].name
+    name = machine.gpu.name if machine else _gpu_name()
     folder = options.out or ROOT / "benchmarks" / "results" / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    return write(folder / ("gpu-quick.json" if options.quick else "gpu.json"), name, parts)
+    results = Results(folder / ("gpu-quick.json" if options.quick else "gpu.json"), name)
+    written: dict[str, Any] = {}
+    for what, steps in measures.items():
+        for measured in part(command, steps):
+            written = results.put(what, measured)
+        print(f"{what}, written to {results.path}: {json.dumps(written['parts'][what])}", file=sys.stderr)
+    return written
 
 
-def _torch_machine() -> Bench | None:
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
+    parser.add_argument("--out", type=Path, help="folder of the result")
+    parser.add_argument("--parts", type=_part_names, metavar=",".join(PARTS), help="only these (default: all that can)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--package", type=Path, help="a package with a target for this GPU")
+    which.add_argument("--encoder", type=Path, help="what gpu_encoder.py wrote; compiled first")
+    options = parser.parse_args(arguments)
+    if options.parts and ("tensorrt" in options.parts) != bool(options.package or options.encoder):
+        parser.error("the part 'tensorrt' and one of --package and --encoder need each other")
+    return options
+
+
+def _part_names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    unknown = [name for name in names if name not in PARTS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"there is no part '{unknown[0]}': take from {', '.join(PARTS)}")
+    return names
+
+
+def _machine(options: argparse.Namespace, machine: Bench | None) -> Bench | None:
+    """The kernels on torch's stream. None where torch sees no GPU, or when nothing that was asked for needs it."""
+    if machine is not None or options.parts == ("tensorrt",):
+        return machine
     try:
         return TorchMachine()
     except DapoEdgeError as error:
+        if options.parts:
+            raise
         print(f"neither kernels alone nor torch are measured: {error}", file=sys.stderr)
         return None
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
-    parser.add_argument("--out", type=Path, help="folder of the result")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--package", type=Path, help="a package with a target for this GPU")
-    which.add_argument("--encoder", type=Path, help="what gpu_encoder.py wrote; compiled first")
-    return parser.parse_args(arguments)
+def _measures(options: argparse.Namespace, machine: Bench | None, workload: Workload) -> dict[str, Steps]:
+    """What was asked for and can be measured, in the order of `PARTS`. Nothing runs before its first step is taken."""
+    effort = QUICK if options.quick else Effort()
+    wished = options.parts or [name for name in PARTS if not (options.quick and name == "compile")]
+    measures: dict[str, Steps] = {}
+    if machine is not None:
+        measures = {
+            "kernels": kernels(machine, workload, effort),
+            "torch": _torch("torch_part", machine, workload, effort),
+            "compile": _torch("compile_part", machine, workload, effort),
+        }
+    if options.package or options.encoder:
+        measures["tensorrt"] = _tensorrt(options, workload, effort)
+    return {name: steps for name, steps in measures.items() if name in wished}
 
 
-def kernels(machine: Bench, workload: Workload, effort: Effort) -> dict[str, Any]:
+def _torch(name: str, machine: Bench, workload: Workload, effort: Effort) -> Steps:
+    import gpu_torch
+
+    yield from getattr(gpu_torch, name)(machine, workload, effort)
+
+
+def _tensorrt(options: argparse.Namespace, workload: Workload, effort: Effort) -> Steps:
+    from gpu_tensorrt import tensorrt_part
+
+    yield from tensorrt_part(options.package, options.encoder, workload, effort)
+
+
+def _gpu_name() -> str:
+    found = device.gpus()
+    if not found:
+        raise SystemExit(f"no GPU here: {device.driver_problem() or 'there is no CUDA driver'}")
+    return found[0].name
+
+
+def kernels(machine: Bench, workload: Workload, effort: Effort) -> Steps:
     """The three kernels one by one and together as a graph, with bytes and share of the copy bandwidth."""
     copy_gbps = bandwidth(machine, effort)
-    batches = {str(batch): one_batch(machine, workload, effort, batch, copy_gbps) for batch in workload.batches}
-    return {
-        "workload": _described(workload),
-        "copy": {"bytes": effort.copy_bytes, "gb_per_s": copy_gbps},
-        "batch": batches,
-    }
+    batches: dict[str, Any] = {}
+    for batch in workload.batches:
+        batches[str(batch)] = one_batch(machine, workload, effort, batch, copy_gbps)
+        yield {
+            "workload": _described(workload),
+            "copy": {"bytes": effort.copy_bytes, "gb_per_s": copy_gbps},
+            "l2_bytes": machine.l2_bytes(),
+            "batch": batches,
+        }
 
 
 def bandwidth(machine: Bench, effort: Effort) -> float:
@@ -110,25 +157,37 @@ def one_batch(machine: Bench, workload: Workload, effort: Effort, batch: int, co
     checked = check_kernels(machine, workload, batch)
     frame = frame_work(machine, workload, batch, with_extras=False)
     frame.start()
-    works = {
+
+    def tokens_to_map() -> None:
+        frame.patch.start()
+        frame.maps.start()
+
+    map_bytes = frame.maps.moved_bytes(workload.types + 1)
+    works: dict[str, tuple[Work, int]] = {
         "preprocess": (frame.preprocess.start, frame.preprocess.moved_bytes),
         "patch_probabilities": (frame.patch.start, frame.patch.moved_bytes),
-        "defect_map": (frame.maps.start, frame.maps.moved_bytes(workload.types + 1)),
+        "defect_map": (frame.maps.start, map_bytes),
+        "tokens_to_map": (tokens_to_map, frame.patch.moved_bytes + map_bytes),
     }
     measured: dict[str, Any] = {"checked": checked}
     for name, (work, moved) in works.items():
-        measured[name] = with_share(kernel_us(machine, work, effort), moved, copy_gbps)
+        cold = cold_us(machine, machine.capture(work), effort)
+        measured[name] = with_shares(kernel_us(machine, work, effort), cold, moved, copy_gbps)
     replay = machine.capture(frame.start)
-    measured["graph"] = with_share(gpu_us(machine, replay, effort), frame.moved_bytes, copy_gbps)
+    warm, cold = gpu_us(machine, replay, effort), cold_us(machine, replay, effort)
+    measured["graph"] = with_shares(warm, cold, frame.moved_bytes, copy_gbps)
     measured["graph_host"] = host_us(machine, replay, effort)
     measured["plain_host"] = host_us(machine, frame.start, effort)
     return measured
 
 
-def with_share(microseconds: dict[str, Any], moved: int, copy_gbps: float) -> dict[str, Any]:
-    """Add the bytes that have to move, and the median rate as a share of a copy's."""
-    rate = moved / microseconds["median"] / 1e3
-    return {"us": microseconds, "bytes": moved, "gb_per_s": rate, "share_of_copy": rate / copy_gbps}
+def with_shares(warm: dict[str, Any], cold: dict[str, Any], moved: int, copy_gbps: float) -> dict[str, Any]:
+    """Add the bytes that have to move, and the median rates as a share of a copy's: a warm one may be above 1."""
+    measured: dict[str, Any] = {"bytes": moved}
+    for cache, microseconds in (("warm", warm), ("cold", cold)):
+        rate = moved / microseconds["median"] / 1e3
+        measured[cache] = {"us": microseconds, "gb_per_s": rate, "share_of_copy": rate / copy_gbps}
+    return measured
 
 
 def frame_work(machine: Bench, workload: Workload, batch: int, *, with_extras: bool) -> FrameWork:
@@ -171,60 +230,6 @@ def check_kernels(machine: Bench, workload: Workload, batch: int) -> dict[str, A
     }
 
 
-def write(path: Path, name: str, parts: dict[str, Any]) -> dict[str, Any]:
-    """Put the parts into the file, beside those of another run on the same GPU, and judge the limits again."""
-    kept: dict[str, Any] = {}
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if (before.get("schema"), before.get("gpu")) != (SCHEMA, name):
-            raise SystemExit(f"'{path}' is of another GPU or format: move it away, or name another folder with --out")
-        kept = before["parts"]
-    parts = {**kept, **parts}
-    result = {
-        "schema": SCHEMA,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "gpu": name,
-        "limits": limits(parts),
-        "parts": parts,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(result, indent=2) + "\n"
-    path.write_text(text, encoding="utf-8")
-    print(f"written: {path}", file=sys.stderr)
-    return json.loads(text)
-
-
-def limits(parts: dict[str, Any]) -> list[dict[str, Any]]:
-    """What was wished for beside what was measured; `holds` is None for what was not."""
-    batch = parts.get("kernels", {}).get("batch", {})
-    ours = _at(batch, "1", "graph", "us", "median")
-    trt_us = _at(parts, "tensorrt", "vit_l", "encode_us")
-    compiled = _at(parts, "torch", "encoder", "compile", "us", "median")
-    host = _at(parts, "tensorrt", "graph_host", "median") or _at(batch, "1", "graph_host", "median")
-    encoders = [us for us in (trt_us, compiled) if us]
-    share = ours / min(encoders) if ours and encoders else None
-    faster = compiled / trt_us if compiled and trt_us else None
-    return [
-        _limit("preprocess + map, batch 1, us", "<=", 100, ours),
-        _limit("preprocess + map, share of the fastest encoder's time", "<=", 0.05, share),
-        _limit("batch 16, share of a copy's bandwidth", ">=", 0.5, _at(batch, "16", "graph", "share_of_copy")),
-        _limit("host time of a frame's graph launch, us", "<=", 20, host),
-        _limit("ViT-L/14 at 518 px by TensorRT FP16, ms", "<=", 2.6, trt_us / 1e3 if trt_us else None),
-        _limit("ViT-L/14 at 518 px, times faster than torch.compile FP16", ">=", 1.5, faster),
-    ]
-
-
-def _limit(what: str, relation: str, limit: float, measured: float | None) -> dict[str, Any]:
-    holds = None if measured is None else measured <= limit if relation == "<=" else measured >= limit
-    return {"what": what, "relation": relation, "limit": limit, "measured": measured, "holds": holds}
-
-
-def _at(content: Any, *keys: str) -> float | None:
-    for key in keys:
-        content = content.get(key) if isinstance(content, dict) else None
-    return content
-
-
 def _described(workload: Workload) -> dict[str, Any]:
     _, layers, patches, dimensions = workload.tokens(1)
     size = workload.encoder.image_size
@@ -238,11 +243,6 @@ def _described(workload: Workload) -> dict[str, Any]:
         "types": workload.types,
         "smoothing_px": workload.smoothing_px,
     }
-
-
-def _say(what: str, value: dict[str, Any]) -> dict[str, Any]:
-    print(f"{what}: {json.dumps(value)}", file=sys.stderr)
-    return value
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,6 +19,8 @@ from driver import Machine, Work
 
 from dapo_edge.device import Gpu, as_json, this_device
 from dapo_edge.kernels.map_spec import MapSpec
+
+Steps = Iterator[dict[str, Any]]  # what a part measures, piece by piece
 
 SMI_FIELDS = {
     "driver": "driver_version",
@@ -42,12 +44,20 @@ class Bench(Machine, Protocol):
         """Work as a CUDA graph."""
         ...
 
-    def sample_us(self, work: Work, samples: int) -> list[float]:
-        """Microseconds on the GPU, call by call."""
+    def sample_us(self, work: Work, samples: int, between: Work | None = None) -> list[float]:
+        """Microseconds on the GPU, call by call; `between` runs before each, untimed."""
         ...
 
     def copy_work(self, nbytes: int) -> Work:
         """A copy inside the device's memory."""
+        ...
+
+    def l2_bytes(self) -> int:
+        """Size of the L2 cache."""
+        ...
+
+    def flush_work(self) -> Work:
+        """What drives everything out of the L2 cache."""
         ...
 
 
@@ -101,13 +111,10 @@ class Effort:
     warmup_s: float = 1.0  # until the clocks are up
     copy_bytes: int = 2 << 30  # far beyond every L2 cache
     encoder_samples: int = 200
-    with_compile: bool = True
     frames: int = 2000  # through the whole backend
 
 
-QUICK = Effort(
-    samples=50, inner=5, warmup_s=0.1, copy_bytes=512 << 20, encoder_samples=5, with_compile=False, frames=50
-)
+QUICK = Effort(samples=50, inner=5, warmup_s=0.1, copy_bytes=512 << 20, encoder_samples=5, frames=50)
 
 
 def series(values: Sequence[float], warmup: str) -> dict[str, Any]:
@@ -139,13 +146,20 @@ def warm_up(machine: Machine, work: Work, seconds: float) -> str:
 
 
 def gpu_us(machine: Bench, work: Work, effort: Effort, samples: int | None = None) -> dict[str, Any]:
-    """Microseconds of the GPU per call, call by call."""
+    """Microseconds of the GPU per call, call by call: a small one finds its data in L2, where the last one left it."""
     warmup = warm_up(machine, work, effort.warmup_s)
     return series(machine.sample_us(work, samples or effort.samples), warmup)
 
 
+def cold_us(machine: Bench, replay: Work, effort: Effort, samples: int | None = None) -> dict[str, Any]:
+    """Microseconds of the GPU per replay of a CUDA graph that finds nothing of its own in L2, as after an encoder."""
+    warmup = warm_up(machine, replay, effort.warmup_s)
+    values = machine.sample_us(replay, samples or effort.samples, machine.flush_work())
+    return series(values, f"{warmup}; L2 flushed before each sample")
+
+
 def kernel_us(machine: Bench, work: Work, effort: Effort) -> dict[str, Any]:
-    """Microseconds of the GPU per call; a sample is the mean over `effort.inner` calls in one CUDA graph."""
+    """Microseconds of the GPU per call from a warm L2; a sample is the mean over `effort.inner` calls in one graph."""
 
     def several() -> None:
         for _ in range(effort.inner):
@@ -169,19 +183,30 @@ def host_us(machine: Bench, launch: Work, effort: Effort) -> dict[str, Any]:
     return series(values, warmup)
 
 
-def part(command: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A part of the result with what every number needs: date, command, device, clocks before and right after."""
-    before, started = smi(), time.monotonic()
-    measured = measure()
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": command,
-        "python": platform.python_version(),
-        "device": as_json(this_device()),
-        "nvidia_smi": {"before": before, "after": smi()},
-        "seconds": round(time.monotonic() - started, 1),
-        **measured,
-    }
+def part(command: str, steps: Steps) -> Steps:
+    """The part so far after each step, with what every number needs: date, command, device, clocks before and after.
+
+    `finished` is false in all but the last.
+    """
+    before, started, device = smi(), time.monotonic(), as_json(this_device())
+    measured: dict[str, Any] = {}
+
+    def so_far(finished: bool) -> dict[str, Any]:
+        return {
+            "finished": finished,
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "command": command,
+            "python": platform.python_version(),
+            "device": device,
+            "nvidia_smi": {"before": before, "after": smi()},
+            "seconds": round(time.monotonic() - started, 1),
+            **measured,
+        }
+
+    for step in steps:
+        measured.update(step)
+        yield so_far(False)
+    yield so_far(True)
 
 
 def smi() -> dict[str, str] | None:

@@ -13,14 +13,13 @@ from typing import Any
 
 import checks  # of tests/gpu
 import numpy as np
-from gpu_measure import Effort, Workload, series
+from gpu_measure import Effort, Steps, Workload, series
 from numpy.typing import NDArray
 from works import MEAN, STD
 
 from dapo_edge.backends.tensorrt import TensorRtBackend
 from dapo_edge.backends.tensorrt_compile import RecordedBackend, compile_package
 from dapo_edge.config import packaged_recipe, parse_recipe
-from dapo_edge.kernels.map_spec import MapSpec
 from dapo_edge.package import (
     ENCODER,
     PROMPTS,
@@ -39,14 +38,13 @@ PRECISION = "fp16"
 SEEDED = "ViT, seeded weights of benchmarks/gpu_encoder.py"
 
 
-def tensorrt_part(package: Path | None, encoder: Path | None, workload: Workload, effort: Effort) -> dict[str, Any]:
+def tensorrt_part(package: Path | None, encoder: Path | None, workload: Workload, effort: Effort) -> Steps:
     """Stages, whole call and launch of a compiled package, or of an encoder that is compiled first, at batch 1."""
     with _package(package, encoder, workload) as opened:
         manifest = opened.manifest
         with TensorRtBackend.open(opened, map_size="model", precision=PRECISION) as backend:
             checked = check(opened, backend)
-            measured = timed(backend, workload, effort)
-            described = {
+            yield {
                 "package": {
                     "name": manifest.name,
                     "backbone": manifest.backbone,
@@ -58,9 +56,10 @@ def tensorrt_part(package: Path | None, encoder: Path | None, workload: Workload
                 "target": _target(opened),
                 "checked": checked,
             }
+            measured = timed(backend, workload, effort)
         released = manifest.image_size == 518 and "ViT" in manifest.backbone and _is_large(opened)
         vit_l = {"encode_us": measured["stages_ms"]["encode"]["median"] * 1e3} if released else None
-        return {**described, **measured, "vit_l": vit_l}
+        yield {**measured, "vit_l": vit_l}
 
 
 def check(package: EnginePackage, backend: TensorRtBackend) -> dict[str, float]:
@@ -150,7 +149,6 @@ def assemble(encoder: Path, destination: Path, workload: Workload) -> EnginePack
             "prompts": {"defects": list(names[1:])},
         }
     )
-    spec: MapSpec = workload.spec
     with PackageWriter(destination) as writer:
         writer.write(ENCODER, (encoder / "encoder.onnx").read_bytes())
         writer.write(PROMPTS, bank.to_bytes())
@@ -171,7 +169,7 @@ def assemble(encoder: Path, destination: Path, workload: Workload) -> EnginePack
                 "feature_layers": shape.taps,
                 "dimensions": shape.dimensions,
                 "map_size": "model",
-                "map": spec,
+                "map": workload.spec,
                 "preprocessing": Preprocessing(mean=MEAN, std=STD, resize="pillow-bicubic"),
                 "recipe": recipe.model_dump(mode="json"),
                 "versions": {},

@@ -17,6 +17,7 @@ import torch
 from host_machine import HostMachine
 from works import MEAN, STD
 
+from dapo_edge.errors import DependencyMissing
 from dapo_edge.kernels import reference
 from dapo_edge.kernels.compile import Cubin, source_digest
 from dapo_edge.kernels.launch import Launch
@@ -26,8 +27,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import gpu
 import gpu_encoder
-from gpu_measure import QUICK, EncoderShape, Workload, series
+import gpu_measure
+import gpu_torch
+from gpu_measure import QUICK, EncoderShape, Workload, cold_us, series
 from gpu_peers import Block, Encoder, usual_postprocess, usual_preprocess
+from gpu_results import Results, limits
 
 SHAPE = EncoderShape(image_size=56, patch=14, width=64, heads=4, blocks=4, taps=(2, 4), dimensions=48, prompts=2)
 TINY = Workload(frame=(96, 64), encoder=SHAPE, types=3, smoothing_px=1.0, batches=(1, 16))
@@ -49,45 +53,181 @@ def test_a_run_writes_what_it_measured(tmp_path: Path) -> None:
         assert part["date"].endswith("+00:00")
         assert part["device"]["packages"]["numpy"] == np.__version__
         assert set(part["nvidia_smi"]) == {"before", "after"}
+        assert part["finished"] is True
     kernels = result["parts"]["kernels"]
     for batch, measured in kernels["batch"].items():
-        for name in ("preprocess", "patch_probabilities", "defect_map", "graph"):
-            one = measured[name]
-            assert one["us"]["n"] == 4
-            assert one["us"]["min"] <= one["us"]["median"] <= one["us"]["p95"] <= one["us"]["p99"] <= one["us"]["max"]
-            assert one["gb_per_s"] == pytest.approx(one["bytes"] / one["us"]["median"] / 1e3)
-            assert one["share_of_copy"] == pytest.approx(one["gb_per_s"] / kernels["copy"]["gb_per_s"])
+        for name in ("preprocess", "patch_probabilities", "defect_map", "tokens_to_map", "graph"):
+            for cache in ("warm", "cold"):
+                one = measured[name][cache]
+                us = one["us"]
+                assert us["n"] == 4
+                assert us["min"] <= us["median"] <= us["p95"] <= us["p99"] <= us["max"]
+                assert us["warmup"].endswith("L2 flushed before each sample") == (cache == "cold")
+                assert one["gb_per_s"] == pytest.approx(measured[name]["bytes"] / us["median"] / 1e3)
+                assert one["share_of_copy"] == pytest.approx(one["gb_per_s"] / kernels["copy"]["gb_per_s"])
+        both = measured["patch_probabilities"]["bytes"] + measured["defect_map"]["bytes"]
+        assert measured["tokens_to_map"]["bytes"] == both
+        assert measured["graph"]["bytes"] == both + measured["preprocess"]["bytes"]
         assert measured["preprocess"]["bytes"] == int(batch) * (96 * 64 * 3 + 3 * 56 * 56 * 2)
         assert measured["checked"]["probability"] <= checks.PROBABILITY
     encoder = result["parts"]["torch"]["encoder"]
     assert encoder["eager"]["us"]["n"] == 3
-    assert encoder["compile"] == {"skipped": "--quick"}
-    assert {limit["holds"] for limit in result["limits"][4:]} == {None}, "TensorRT was not there"
+    assert encoder["eager"]["runs"] == gpu_torch.AS_GRAPH
+    assert encoder["eager_launched"]["runs"] == gpu_torch.AS_LAUNCHES
+    for usual in result["parts"]["torch"]["usual"].values():
+        assert usual["postprocess"]["eager"]["us"]["cold"]["n"] == 3
+    judged = result["limits"]
+    graph = kernels["batch"]["1"]["graph"]
+    assert judged[0]["measured"] == graph["cold"]["us"]["median"]
+    assert judged[2]["measured"] == kernels["batch"]["16"]["tokens_to_map"]["cold"]["share_of_copy"]
+    assert graph["warm"] != graph["cold"]
+    unknown = [judged[place]["measured"] for place in (1, 3, 4, 5)]
+    assert unknown == [None] * 4, "TensorRT was not there: a graph without an encoder says nothing of its launch"
 
 
 def test_each_run_keeps_the_other_s_part(tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"
-    gpu.write(path, "One GPU", {"torch": {"encoder": {"compile": {"us": {"median": 6000.0}}}}})
-    result = gpu.write(path, "One GPU", {"tensorrt": {"vit_l": {"encode_us": 2400.0}}})
-    assert set(result["parts"]) == {"torch", "tensorrt"}
+    Results(path, "One GPU").put("compile", {"encoder": {"us": {"median": 6000.0}}})
+    result = Results(path, "One GPU").put("tensorrt", {"vit_l": {"encode_us": 2400.0}})
+    assert set(result["parts"]) == {"compile", "tensorrt"}
     assert result["limits"][-1]["measured"] == 2.5
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("text", ['{"schema": "dapo-edge gpu 1", "gpu": "Another", "parts": {}}', "[]", '{"schem', ""])
+def test_another_gpu_s_file_is_refused_before_anything_is_measured(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "gpu-quick.json"
+    path.write_text(text)
     with pytest.raises(SystemExit, match="of another GPU or format"):
-        gpu.write(path, "Another GPU", {})
+        gpu.main(["--quick", "--out", str(tmp_path)], WrongMachine("preprocess"), TINY)
+    assert path.read_text() == text
+
+
+def test_what_was_measured_outlives_a_later_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one_batch = gpu_torch.usual
+
+    def fails(machine: Any, workload: Workload, effort: Any, batch: int) -> dict[str, Any]:
+        if batch == 16:
+            raise MemoryError
+        return one_batch(machine, workload, effort, batch)
+
+    monkeypatch.setattr(gpu_torch, "usual", fails)
+    with pytest.raises(MemoryError):
+        gpu.main(["--quick", "--out", str(tmp_path)], HostMachine(), TINY)
+    parts = json.loads((tmp_path / "gpu-quick.json").read_text())["parts"]
+    assert parts["kernels"]["finished"] is True
+    assert parts["torch"]["finished"] is False
+    assert set(parts["torch"]["usual"]) == {"1"}
+    assert parts["torch"]["encoder"]["eager"]["us"]["n"] == 3
+
+
+def test_a_part_grows_by_what_each_step_measured() -> None:
+    found = list(gpu_measure.part("make it", iter([{"one": 1}, {"two": 2}])))
+    assert [set(step) & {"one", "two"} for step in found] == [{"one"}, {"one", "two"}, {"one", "two"}]
+    assert [step["finished"] for step in found] == [False, False, True]
+    assert found[0]["command"] == "make it"
+
+
+def test_the_cache_is_flushed_before_each_cold_sample_only() -> None:
+    done: list[str] = []
+
+    class Noted(HostMachine):
+        def flush_work(self) -> Any:
+            return lambda: done.append("flush")
+
+    effort = dataclasses.replace(QUICK, warmup_s=0, samples=3)
+    found = cold_us(Noted(), lambda: done.append("work"), effort)
+    assert done == ["work"] * 3 + ["flush", "work"] * 3
+    assert found["n"] == 3
+
+
+def test_the_compiled_part_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[str] = []
+
+    def as_it_is(work: Any, mode: str, fullgraph: bool) -> Any:
+        modes.append(mode)
+        return work
+
+    monkeypatch.setattr("torch.compile", as_it_is)
+    result = gpu.main(["--quick", "--out", str(tmp_path), "--parts", "compile"], HostMachine(), TINY)
+    assert set(result["parts"]) == {"compile"}
+    found = result["parts"]["compile"]
+    assert found["encoder"]["cosine_to_eager"] == pytest.approx(1)
+    assert found["usual"]["16"]["preprocess"]["us"]["cold"]["n"] == 3
+    assert found["usual"]["1"]["checked"]["anomaly"] <= gpu_torch.PEER_ANOMALY
+    assert modes == ["max-autotune"] + ["max-autotune-no-cudagraphs"] * 4
+
+
+def test_a_wrongly_compiled_peer_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def halved(work: Any, mode: str, fullgraph: bool) -> Any:
+        if isinstance(work, Encoder):
+            return work
+        return lambda: tuple(one / 2 for one in work()) if work.__name__ == "process" else work()
+
+    monkeypatch.setattr("torch.compile", halved)
+    with pytest.raises(SystemExit, match="the usual postprocessing is wrong"):
+        gpu.main(["--quick", "--out", str(tmp_path), "--parts", "compile"], HostMachine(), TINY)
+    assert set(json.loads((tmp_path / "gpu-quick.json").read_text())["parts"]["compile"]) >= {"encoder", "finished"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--parts", "kernels,tourch"], "there is no part 'tourch': take from kernels, torch, compile, tensorrt"),
+        (["--parts", ""], "there is no part ''"),
+        (["--parts", "kernels,tensorrt"], "need each other"),
+        (["--parts", "kernels", "--package", "some.dapo"], "need each other"),
+        (["--package", "some.dapo", "--encoder", "folder"], "not allowed with"),
+    ],
+    ids=str,
+)
+def test_parts_that_can_t_be_are_refused(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        gpu.main([*arguments, "--out", str(tmp_path)], HostMachine(), TINY)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_part_that_was_asked_for_is_not_left_out_in_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(DependencyMissing, match="sees no GPU"):
+        gpu.main(["--parts", "kernels", "--out", str(tmp_path)])
+    monkeypatch.setattr("dapo_edge.device.gpus", list)
+    with pytest.raises(SystemExit, match="no GPU here"):
+        gpu.main(["--parts", "tensorrt", "--package", "some.dapo", "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("good", [True, False])
 def test_limits_are_judged(good: bool) -> None:
     ours, host, share, trt = (99.0, 19.0, 0.6, 2500.0) if good else (150.0, 21.0, 0.4, 2700.0)
+    other = {"us": {"median": 1000.0 if good else 1.0}, "share_of_copy": 0.1 if good else 0.9}
+    batches = {
+        "1": {"graph": {"cold": {"us": {"median": ours}}, "warm": other}, "graph_host": {"median": 1.0}},
+        "16": {"tokens_to_map": {"cold": {"share_of_copy": share}, "warm": other}, "graph": {"cold": other}},
+    }
     parts = {
-        "kernels": {"batch": {"1": {"graph": {"us": {"median": ours}}}, "16": {"graph": {"share_of_copy": share}}}},
-        "torch": {"encoder": {"compile": {"us": {"median": 4000.0}}}},
+        "kernels": {"batch": batches},
+        "torch": {"encoder": {"eager": {"us": {"median": 5000.0}}, "eager_launched": {"us": {"median": 1.0}}}},
+        "compile": {"encoder": {"us": {"median": 4000.0}}},
         "tensorrt": {"vit_l": {"encode_us": trt}, "graph_host": {"median": host}},
     }
-    judged = gpu.limits(parts)
-    assert [limit["holds"] for limit in judged] == [good] * 5 + [good]
-    assert judged[1]["measured"] == ours / trt
-    assert all(limit["holds"] is None for limit in gpu.limits({}))
-    assert all(limit["holds"] is None for limit in gpu.limits({"tensorrt": {"vit_l": None, "graph_host": None}}))
+    judged = limits(parts)
+    assert [limit["holds"] for limit in judged] == [good] * 6
+    assert [limit["measured"] for limit in judged[:4]] == [ours, ours / trt, share, host]
+    assert all(limit["holds"] is None for limit in limits({}))
+    assert all(limit["holds"] is None for limit in limits({"tensorrt": {"vit_l": None, "graph_host": None}}))
+
+
+def test_what_only_tensorrt_can_tell_is_unknown_without_it() -> None:
+    batches = {"1": {"graph": {"cold": {"us": {"median": 90.0}}}, "graph_host": {"median": 5.0}}}
+    eager = {"encoder": {"eager": {"us": {"median": 3000.0}}}}
+    judged = limits({"kernels": {"batch": batches}, "torch": eager})
+    assert [limit["measured"] for limit in judged] == [90.0, None, None, None, None, None]
+    judged = limits({"kernels": {"batch": batches}, "torch": eager, "compile": {"encoder": {"us": {"median": 4000.0}}}})
+    assert judged[1]["measured"] == 90 / 3000, "the fastest of those that were measured"
 
 
 def test_percentiles() -> None:

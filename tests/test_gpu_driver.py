@@ -27,7 +27,7 @@ class FakeDriver(FakeLibcuda):
     """The driver's calls that `DriverMachine` makes, checked for the types that a C function would get."""
 
     def __init__(self) -> None:
-        super().__init__(H200)
+        super().__init__({**H200, 38: 60 << 20})
         self.memory: dict[int, np.ndarray] = {}
         self.loaded = self.has_context = False
         self.names: list[str] = []
@@ -105,6 +105,7 @@ def test_what_compute_sanitizer_watches_runs_every_kernel(driver: FakeDriver) ->
     machine = DriverMachine()
     assert machine.multiprocessors == 132
     assert machine.free_bytes() == 3 << 30
+    assert machine.l2_bytes() == 60 << 20
     assert sanitize.run_all(machine) == set(shipped_module().kernels)
     assert driver.memory
     machine.close()
@@ -148,6 +149,40 @@ def test_torch_keeps_arrays_of_every_type(dtype: type) -> None:
     np.testing.assert_array_equal(machine.fetch(buffer), array[::-1], strict=True)
     machine.clear(buffer)
     assert not machine.fetch(buffer).any()
+
+
+class FakeEvent:
+    """Counts calls instead of time."""
+
+    clock = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = FakeEvent.clock
+
+    def elapsed_time(self, other: FakeEvent) -> float:
+        return other.at - self.at
+
+
+def test_what_runs_between_samples_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = object.__new__(TorchMachine)
+    machine._torch, machine.torch_device = torch, "cpu"
+    monkeypatch.setattr("torch.cuda.Event", FakeEvent)
+    monkeypatch.setattr(machine, "synchronise", lambda: None)
+    monkeypatch.setattr(machine, "l2_bytes", lambda: 100)
+    done: list[str] = []
+
+    def takes(milliseconds: int, name: str) -> None:
+        FakeEvent.clock += milliseconds
+        done.append(name)
+
+    samples = machine.sample_us(lambda: takes(2, "work"), 3, lambda: takes(70, "flush"))
+    assert samples == [2000] * 3
+    assert done == ["flush", "work"] * 3
+    assert machine.sample_us(lambda: takes(5, "work"), 2) == [5000] * 2
+    assert machine.flush_work()().tolist() == [0] * 400, "four times the cache is written"
 
 
 def test_a_wrong_result_is_seen() -> None:

@@ -22,6 +22,7 @@ from dapo_edge.kernels.launch import Launch
 
 Work = Callable[[], object]
 _HANDLE = ctypes.c_void_p
+_L2_CACHE_SIZE = 38  # CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,11 +82,11 @@ class DriverMachine:
         self.multiprocessors = self.gpu.multiprocessors
         major, minor = map(int, self.gpu.driver_cuda.split("."))
         self.cubin: Cubin = compile_kernels("sm_" + self.gpu.sm.replace(".", ""), driver_cuda=(major, minor))
-        handle, context, self._module = ctypes.c_int(), _HANDLE(), _HANDLE()
+        self._device, context, self._module = ctypes.c_int(), _HANDLE(), _HANDLE()
         self._call("cuInit", ctypes.c_uint(0))
-        self._call("cuDeviceGet", ctypes.byref(handle), 0)
+        self._call("cuDeviceGet", ctypes.byref(self._device), 0)
         # The primary context, which torch works in, too.
-        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), self._device)
         self._call("cuCtxSetCurrent", context)
         self._call("cuModuleLoadData", ctypes.byref(self._module), ctypes.c_char_p(self.cubin.data))
         self._functions: dict[str, ctypes.c_void_p] = {}
@@ -138,6 +139,12 @@ class DriverMachine:
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         self._call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
         return free.value
+
+    def l2_bytes(self) -> int:
+        """Size of the L2 cache."""
+        size = ctypes.c_int()
+        self._call("cuDeviceGetAttribute", ctypes.byref(size), _L2_CACHE_SIZE, self._device)
+        return size.value
 
     def close(self) -> None:
         """Free the buffers and the kernels."""
@@ -205,10 +212,15 @@ class TorchMachine(DriverMachine):
             work()
         return graph.replay
 
-    def sample_us(self, work: Work, samples: int) -> list[float]:
-        """Microseconds of the GPU for each of `samples` calls, by events. The queue never runs empty in between."""
+    def sample_us(self, work: Work, samples: int, between: Work | None = None) -> list[float]:
+        """Microseconds of the GPU for each of `samples` calls, by events; `between` runs before each, untimed.
+
+        Work that the host puts in more slowly than the GPU takes it out counts the GPU's waiting, too: capture it.
+        """
         events = [[self._torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(samples)]
         for before, after in events:
+            if between is not None:
+                between()
             before.record()
             work()
             after.record()
@@ -220,6 +232,11 @@ class TorchMachine(DriverMachine):
         source = self._torch.ones(nbytes, dtype=self._torch.uint8, device="cuda")
         target = self._torch.empty_like(source)
         return lambda: target.copy_(source)
+
+    def flush_work(self) -> Work:
+        """Drives everything out of the L2 cache, by writing four times its size."""
+        other = self._torch.empty(4 * self.l2_bytes(), dtype=self._torch.uint8, device=self.torch_device)
+        return other.zero_
 
     def close(self) -> None:
         """Free the kernels; torch keeps its memory."""

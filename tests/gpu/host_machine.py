@@ -44,17 +44,27 @@ class HostMachine:
     def capture(self, work: Work) -> Work:
         return work
 
-    def sample_us(self, work: Work, samples: int) -> list[float]:
-        times = [time.perf_counter()]
+    def sample_us(self, work: Work, samples: int, between: Work | None = None) -> list[float]:
+        times = []
         for _ in range(samples):
+            if between is not None:
+                between()
+            started = time.perf_counter()
             work()
-            times.append(time.perf_counter())
-        return list(np.diff(times) * 1e6)
+            times.append((time.perf_counter() - started) * 1e6)
+        return times
 
     def copy_work(self, nbytes: int) -> Work:
         source = np.ones(nbytes, np.uint8)
         target = source.copy()
         return lambda: np.copyto(target, source)
+
+    def l2_bytes(self) -> int:
+        return 1 << 16
+
+    def flush_work(self) -> Work:
+        other = np.empty(4 * self.l2_bytes(), np.uint8)
+        return lambda: other.fill(0)
 
     def free_bytes(self) -> int:
         return 0

@@ -55,7 +55,7 @@ def compiled(gpu: Gpu, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     from dapo_edge.backends.tensorrt_compile import compile_package
     from dapo_edge.package import EnginePackage
 
-    for name in ("tensorrt", "pycuda.driver", "onnx"):
+    for name in ("tensorrt", "pycuda.driver", "onnx", "threadpoolctl"):
         try:
             importlib.import_module(name)
         except ImportError as error:
