@@ -25,7 +25,6 @@ EXTRAS = {
     "cpu": ["openvino>=2024.4", "opencv-python-headless>=4.8; platform_machine != 'aarch64'"],
     "build": ["torch>=2.6", "torchvision", "open_clip_torch>=3.3", "onnx>=1.16", "matplotlib>=3.8", "jinja2>=3.1"],
     # TensorRT is detected, never installed from here: it belongs to the device.
-    # TensorRT is detected, never installed from here: it belongs to the device.
     "gpu": ["pycuda>=2024.1", "onnx>=1.16", "opencv-python-headless>=4.8; platform_machine != 'aarch64'"],
     "dev": [
         "pytest>=8",

@@ -12,11 +12,27 @@ import hashlib
 import logging
 import os
 import time
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-# The kinds, with the word that messages use for one file of each.
-NOUN_OF_KIND = {"openvino": "model", "kernels": "kernel", "tensorrt": "plan"}
+
+@dataclass(frozen=True)
+class Kind:
+    """The words that messages use for one kind."""
+
+    cache: str  # the folder
+    content: str  # one file
+    again: str  # what becomes of a file that can't be used
+    without: str  # what it costs to have no cache
+
+
+_COMPILED = ("compiled again", "every start compiles anew")
+KINDS = {
+    "openvino": Kind("model cache", "compiled model", *_COMPILED),
+    "kernels": Kind("kernel cache", "compiled kernel", *_COMPILED),
+    "tensorrt": Kind("timing cache", "timing cache", "measured again", "every compile measures anew"),
+}
 MAX_BYTES = 8 << 30  # of one kind: room for several full-size models; the least recently used go first
 STALE_SECONDS = 3600
 
@@ -25,7 +41,7 @@ log = logging.getLogger(__name__)
 
 def folder(kind: str) -> Path | None:
     """Where a kind's files lie: under DAPO_EDGE_CACHE, else the user's cache folder. None if it can't be written."""
-    noun = NOUN_OF_KIND[kind]
+    words = KINDS[kind]
     root = os.environ.get("DAPO_EDGE_CACHE") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     place = Path(os.path.expanduser(root)) / "dapo-edge" / kind  # noqa: PTH111 (it may know no home)
     try:
@@ -37,7 +53,7 @@ def folder(kind: str) -> Path | None:
         reason = "not writable"
     except OSError as error:
         reason = error.strerror or str(error)
-    _warn_once(f"no {noun} cache in '{place}' ({reason}): every start compiles anew; set DAPO_EDGE_CACHE")
+    _warn_once(f"no {words.cache} in '{place}' ({reason}): {words.without}; set DAPO_EDGE_CACHE")
     return None
 
 
@@ -57,16 +73,16 @@ def load(kind: str, key: str) -> bytes | None:
     path = place / f"{key}.blob" if place else None
     if path is None or not path.is_file():
         return None
-    noun = NOUN_OF_KIND[kind]
+    words = KINDS[kind]
     try:
         content = path.read_bytes()
         if hashlib.sha256(content[32:]).digest() == content[:32]:
             os.utime(path)
             return content[32:]
-        log.warning("the compiled %s '%s' is damaged: compiled again", noun, path)
+        log.warning("the %s '%s' is damaged: %s", words.content, path, words.again)
         path.unlink()
     except OSError as error:
-        log.warning("the compiled %s '%s' can't be used (%s): compiled again", noun, path, error.strerror)
+        log.warning("the %s '%s' can't be used (%s): %s", words.content, path, error.strerror, words.again)
     return None
 
 
@@ -80,7 +96,7 @@ def store(kind: str, key: str, blob: bytes) -> None:
         part.write_bytes(hashlib.sha256(blob).digest() + blob)
         part.replace(place / f"{key}.blob")
     except OSError as error:
-        log.warning("the compiled %s can't be kept in '%s' (%s)", NOUN_OF_KIND[kind], place, error.strerror)
+        log.warning("the %s can't be kept in '%s' (%s)", KINDS[kind].content, place, error.strerror)
     finally:
         part.unlink(missing_ok=True)
     _prune(place)

@@ -42,7 +42,12 @@ if TYPE_CHECKING:
 
 EXIT_INTERRUPTED = 130
 
-backend_option = click.option("--backend", default="openvino", show_default=True, help="Engine that runs the package.")
+backend_option = click.option(
+    "--backend",
+    default="openvino",
+    show_default=True,
+    help="Engine that runs the package: openvino, or tensorrt after dapo-edge compile.",
+)
 precision_option = click.option(
     "--precision", type=click.Choice(["fp32", "fp16"]), help="Override the package's precision."
 )

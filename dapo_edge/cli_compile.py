@@ -12,7 +12,9 @@ from dapo_edge.terminal import PACKAGE_PATH, as_json, print_json, progress_bar, 
 @click.command("compile")
 @click.argument("package", type=PACKAGE_PATH)
 @click.option("--precision", type=click.Choice(["fp32", "fp16"]), help="Of the plan. [the package's own]")
-@click.option("--workspace-mb", type=click.IntRange(min=1), help="GPU memory that building may use. [all]")
+@click.option(
+    "--workspace-mb", type=click.IntRange(min=1), help="Scratch memory that one layer of the plan may use. [any]"
+)
 @click.option(
     "--optimization-level",
     type=click.IntRange(0, 5),

@@ -48,7 +48,9 @@ MOST_WORKERS = 4
     help="Defect words: those of the package, or those of each category (needs the build extra).",
 )
 @click.option("--report", type=click.Path(path_type=Path), help="Folder for report.html, eval.json and what resumes.")
-@click.option("--backend", help="Engine for a package: openvino, or eager. [openvino; a recipe is always eager]")
+@click.option(
+    "--backend", help="Engine for a package: openvino, tensorrt or eager. [openvino; a recipe is always eager]"
+)
 @click.option("--compare-backend", help="Engine for the second package. [openvino]")
 @click.option("--precision", type=click.Choice(["fp32", "fp16"]), help="Override the package's precision.")
 @click.option("--compare-precision", type=click.Choice(["fp32", "fp16"]), help="The same for the second one. [its own]")

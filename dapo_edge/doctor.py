@@ -7,11 +7,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from dapo_edge import seal
 from dapo_edge.device import Device, Gpu, as_json, driver_problem, this_device
 from dapo_edge.errors import DapoEdgeError
 from dapo_edge.extras import require
+from dapo_edge.fingerprint import fingerprint_here, tensorrt_version
 from dapo_edge.package import EnginePackage
-from dapo_edge.targets import Judgement, fingerprint_here, judge_all, tensorrt_version
+from dapo_edge.targets import Judgement, how_to_compile, judge_all
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ def _gpu_parts(device: Device) -> list[Check]:
         Check(names[0], version is not None, version or tensorrt),
         Check(names[1], has_pycuda, "present" if has_pycuda else "not installed: pip install 'dapo-edge[gpu]'"),
         _compiler(names[2], device.gpus[0]),
+        _key(),
     ]
 
 
@@ -121,6 +124,14 @@ def _compiler(what: str, gpu: Gpu) -> Check:
     except DapoEdgeError as error:
         return Check(what, False, str(error))
     return Check(what, True, f"{compiler.name}, {compiler.path}")
+
+
+def _key() -> Check:
+    what = "device key"
+    try:
+        return Check(what, True, seal.key_here())
+    except DapoEdgeError as error:
+        return Check(what, False, str(error))
 
 
 def _opened(path: Path, checks: list[Check], problems: list[DapoEdgeError]) -> EnginePackage | None:
@@ -158,5 +169,5 @@ def _targets(package: EnginePackage, device: Device, checks: list[Check]) -> tup
     for target in targets:
         checks.append(Check(f"target {target.id}", target.verdict == "load", f"{target.verdict}: {target.reason}"))
     if device.gpus and not any(target.verdict == "load" for target in targets):
-        checks.append(Check("targets", not targets, f"none for this GPU yet: dapo-edge compile {package.path}"))
+        checks.append(Check("targets", not targets, f"none for this GPU yet: {how_to_compile(package)}"))
     return targets

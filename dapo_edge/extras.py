@@ -22,12 +22,12 @@ EXTRA_OF_MODULE = {
 }
 
 
-def require(module: str) -> ModuleType:
-    """Import `module`, or raise `DependencyMissing` naming the extra that brings it."""
+def require(module: str, extra: str | None = None) -> ModuleType:
+    """Import `module`, or raise `DependencyMissing` naming the extra that brings it: `extra`, else the usual one."""
     try:
         return importlib.import_module(module)
     except ImportError as error:  # not installed, or installed without a system library that it needs
-        raise _missing(module.partition(".")[0], error) from error
+        raise _missing(module.partition(".")[0], error, extra) from error
 
 
 @contextlib.contextmanager
@@ -42,8 +42,8 @@ def named_extras() -> Iterator[None]:
         raise _missing(package, error) from error
 
 
-def _missing(package: str, error: ImportError) -> DependencyMissing:
-    remedy = f"Install it: pip install 'dapo-edge[{EXTRA_OF_MODULE[package]}]'"
+def _missing(package: str, error: ImportError, extra: str | None = None) -> DependencyMissing:
+    remedy = f"Install it: pip install 'dapo-edge[{extra or EXTRA_OF_MODULE[package]}]'"
     if package == "cv2" and platform.machine() == "aarch64":
         remedy = (
             "Use the board's own OpenCV (apt install python3-opencv, and a venv with --system-site-packages), "

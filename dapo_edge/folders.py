@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import glob
 import os
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 from typing_extensions import Self
 
@@ -28,16 +31,22 @@ class FolderWriter:
         self.destination = destination
 
     def __enter__(self) -> Self:
-        with writing_to(self.destination):
+        with self._writing(self.destination), contextlib.ExitStack() as undo:
             self._check()
+            for folder in reversed([self.destination.parent, *self.destination.parent.parents]):
+                if not folder.exists():
+                    undo.callback(_remove_if_empty, folder)
             self.destination.parent.mkdir(parents=True, exist_ok=True)
             self._mend_what_was_killed()
             # The lock lies beside the folder and lives as long as this process, in whatever container that runs.
             self._lock_path = self.destination.with_name(f"{self._prefix}{secrets.token_hex(4)}.lock")
+            undo.callback(self._lock_path.unlink, missing_ok=True)
             self._lock = self._lock_path.open("w")
+            undo.callback(self._lock.close)
             fcntl.flock(self._lock, fcntl.LOCK_EX)
             self.folder = self._lock_path.with_suffix("")
             self.folder.mkdir()
+            undo.pop_all()  # from here on it is for __exit__
         return self
 
     def __exit__(
@@ -50,16 +59,20 @@ class FolderWriter:
     def write(self, name: str, data: bytes) -> None:
         """Add one file."""
         path = self.folder / name
-        with writing_to(path):
+        with self._writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
+
+    def _writing(self, path: Path) -> contextlib.AbstractContextManager[None]:
+        """What turns a refusal to write to `path` into an `OutputError`."""
+        return writing_to(path)
 
     def _check(self) -> None:
         """Refuse a destination that must not be replaced. Raises `OutputError`."""
 
     def _finish(self, name: str, data: bytes) -> None:
         """Write the last file, wait until everything is on the disk, and move the folder into place."""
-        with writing_to(self.destination):
+        with self._writing(self.destination):
             (self.folder / name).write_bytes(data)
             for path in [*self._written(), self.folder]:
                 _sync(path)
@@ -114,6 +127,30 @@ def writing_to(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OutputError.refused(path, error) from error
+
+
+class NotAFile(OSError):
+    """There is a folder, a pipe or a device where a file should be."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(errno.EINVAL, "not a file", str(path))
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a regular file for reading: a pipe would wait for ever, a device might do anything. Raises `OSError`."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise NotAFile(path)
+    # Not blocking, and looked at again: another process may have put something else there by now.
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise NotAFile(path)
+    return file
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -7,29 +7,35 @@ A target is no part of the package's manifest: the package stays the same on eve
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
-import importlib
 import json
-import platform
+import logging
+import os
 import re
-from collections.abc import Sequence
+import shlex
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
 from dapo_edge import seal
-from dapo_edge.device import driver_problem, gpus
 from dapo_edge.errors import OutputError, PackageDamaged, PackageError, PackageIncompatible
-from dapo_edge.folders import FolderWriter, writing_to
-from dapo_edge.package import ENCODER, MANIFEST, EnginePackage, FileEntry, _entry
+from dapo_edge.fingerprint import Fingerprint, missing_here
+from dapo_edge.fingerprint import fingerprint_here as fingerprint_here
+from dapo_edge.folders import FolderWriter, open_file
+from dapo_edge.package import ENCODER, MANIFEST, REFERENCE, EnginePackage, FileEntry, _entry
 
 FORMAT = 1
+MAX_BYTES = 4 << 20  # of target.json
 FOLDER = "targets"
 TARGET, PLAN, KERNELS, TIMING = "target.json", "encoder.plan", "kernels.cubin", "timing.cache"
 # The most exact one first: without the package's own precision, no speed is bought with accuracy.
 PRECISIONS = ("fp32", "fp16", "int8")
+
+log = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "fp16", "int8"]
 Verdict = Literal["load", "compile again", "refuse"]
@@ -37,16 +43,6 @@ Verdict = Literal["load", "compile again", "refuse"]
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
-
-
-class Fingerprint(_Part):
-    """What a plan depends on."""
-
-    gpu: str  # the driver's name of it
-    sm: str  # compute capability, "8.7"
-    tensorrt: str
-    driver_cuda: str  # the CUDA version that the driver brings, "12.6"
-    system: str  # "Linux aarch64"
 
 
 class KernelsOrigin(_Part):
@@ -135,7 +131,7 @@ class TargetWriter(FolderWriter):
         `fields` are those of `Target` without `format` and `files`. Raises `OutputError`.
         """
         self._still_there()
-        with writing_to(self.folder):
+        with self._writing(self.folder):
             files = {path.relative_to(self.folder).as_posix(): _entry(path) for path in self._written()}
         target = Target(format=FORMAT, files=files, **fields)
         content = target.model_dump(mode="json")
@@ -147,6 +143,8 @@ class TargetWriter(FolderWriter):
         package, id = self.destination.parent.parent, self.destination.name
         if not (package / MANIFEST).is_file():
             raise OutputError(f"'{package}' is not an engine package", "Name the package to compile")
+        if os.path.lexists(package / FOLDER) and not (package / FOLDER).is_dir():
+            raise OutputError(f"'{package / FOLDER}' is not a folder", "Move it away, or copy the package without it")
         if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{0,199}", id) or self.destination.parent.name != FOLDER:
             raise OutputError(f"{id!a} is not the name of a target", "Use target_id()")
 
@@ -154,6 +152,17 @@ class TargetWriter(FolderWriter):
         package = self.destination.parent.parent
         if not self.folder.is_dir():
             raise OutputError(f"'{package}' was replaced while this target was compiled", _remedy(package))
+
+    @contextlib.contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            # Unlike other results, a target has no other place than its package.
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            remedy = "opy the package to a place where you may write, and compile it there"
+            remedy = f"Free some space, or c{remedy}" if full else f"C{remedy}"
+            raise OutputError(OutputError.refused(path, error).cause, remedy) from error
 
     @property
     def _locks(self) -> str:
@@ -164,35 +173,6 @@ def target_id(fingerprint: Fingerprint, precision: str) -> str:
     """A readable name: "nvidia-h200-sm90-trt10.3.0-fp16"."""
     sm = fingerprint.sm.replace(".", "")
     return "-".join([_slug(fingerprint.gpu), f"sm{_slug(sm)}", f"trt{_slug(fingerprint.tensorrt)}", _slug(precision)])
-
-
-def fingerprint_here() -> Fingerprint | None:
-    """The first GPU of this machine and its TensorRT; None without one of them, which `missing_here` names."""
-    version = tensorrt_version()
-    if version is None:
-        return None
-    gpu = gpus()[0]
-    system = f"{platform.system()} {platform.machine()}"
-    return Fingerprint(gpu=gpu.name, sm=gpu.sm, tensorrt=version, driver_cuda=gpu.driver_cuda, system=system)
-
-
-def tensorrt_version() -> str | None:
-    """TensorRT's own version; None without it, and without a GPU: then it is not even imported."""
-    if not gpus():
-        return None
-    try:
-        # Not importlib.metadata: a JetPack's own package need not be known to pip.
-        return str(importlib.import_module("tensorrt").__version__)
-    except (ImportError, OSError, AttributeError):
-        return None
-
-
-def missing_here() -> str:
-    """Why this machine runs no target at all, as `fingerprint_here` found."""
-    problem = driver_problem()
-    if problem:
-        return f"the CUDA driver refuses: {problem}"
-    return "no TensorRT on this machine" if gpus() else "no CUDA driver on this machine"
 
 
 def judge(folder: Path, package: EnginePackage, here: Fingerprint | None) -> Judgement:
@@ -209,12 +189,13 @@ def judge_all(package: EnginePackage, here: Fingerprint | None) -> tuple[Judgeme
 def best(package: EnginePackage, here: Fingerprint | None, precision: str | None = None) -> LoadableTarget:
     """The target to run here: of `precision` only, else of the package's own, else the most exact one.
 
-    Raises `PackageIncompatible`, which says of every target why not.
+    Warns where there is one of the package's own precision and another runs, because that one can't be loaded. Raises
+    `PackageIncompatible`, which says of every target why not.
     """
     folders = {folder.name: folder for folder in _folders(package)}
     judgements = [_judge_document(folder, package, here) for folder in folders.values()]
     order = [precision] if precision else [package.manifest.precision, *PRECISIONS]
-    reasons = []
+    refused: list[Judgement] = []
     for judgement in sorted(judgements, key=lambda judgement: _rank(judgement, order)):
         target = judgement.target
         if judgement.verdict == "load" and target:
@@ -223,9 +204,17 @@ def best(package: EnginePackage, here: Fingerprint | None, precision: str | None
             else:
                 judgement = _judge_files(folders[judgement.id], judgement, target)
                 if judgement.verdict == "load":
+                    _tell_instead(package, refused, judgement.id, target)
                     return LoadableTarget(folders[judgement.id], target)
-        reasons.append(f"{judgement.id}: {judgement.reason}")
-    raise _nothing_loads(package, here, precision, reasons)
+        refused.append(judgement)
+    raise _nothing_loads(package, here, precision, _reasons(refused))
+
+
+def how_to_compile(package: EnginePackage) -> str:
+    """What brings a target for this machine: the command, or why it would refuse this package."""
+    if REFERENCE in package.manifest.files:
+        return _remedy(package.path)
+    return f"Build the package again with this dapo-edge, it has no {REFERENCE} to judge a plan by, and compile that"
 
 
 def read_file(folder: Path, target: Target, name: str) -> bytes:
@@ -234,7 +223,8 @@ def read_file(folder: Path, target: Target, name: str) -> bytes:
     if entry is None:
         raise PackageDamaged(f"'{folder}' has no {name}", _remedy(folder.parent.parent))
     try:
-        data = path.read_bytes()
+        with open_file(path) as file:
+            data = file.read(entry.size + 1)
     except OSError as error:
         raise PackageDamaged(f"'{path}' can't be read ({error.strerror})", _remedy(folder.parent.parent)) from error
     if len(data) != entry.size or hashlib.sha256(data).hexdigest() != entry.sha256:
@@ -255,7 +245,11 @@ def _judge_document(folder: Path, package: EnginePackage, here: Fingerprint | No
 
     path = folder / TARGET
     try:
-        content = json.loads(path.read_bytes())
+        with open_file(path) as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            return judged("refuse", f"'{path}' is larger than {MAX_BYTES >> 20} MB: it is none of a target")
+        content = json.loads(data)
         found, version = content.pop("seal", None), content.get("format")
     except FileNotFoundError:
         return judged("refuse", f"'{path}' is missing")
@@ -264,9 +258,12 @@ def _judge_document(folder: Path, package: EnginePackage, here: Fingerprint | No
     if broken := seal.broken(content, found):
         return judged("refuse", broken)
     if version != FORMAT:
-        return judged("compile again", f"it has target format {version!r:.20}, this dapo-edge reads {FORMAT}")
+        named = repr(version)[:20] if isinstance(version, int | float | str | None) else "of no kind"
+        return judged("compile again", f"it has target format {named}, this dapo-edge reads {FORMAT}")
     try:
         target = Target.model_validate(content)
+    except RecursionError:
+        return judged("refuse", f"'{path}' is nested too deeply")
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         return judged("refuse", f"'{path}': {'.'.join(map(str, first['loc']))}: {first['msg']}")
@@ -274,22 +271,9 @@ def _judge_document(folder: Path, package: EnginePackage, here: Fingerprint | No
         return judged("refuse", missing_here(), target)
     if target.encoder_sha256 != package.manifest.files[ENCODER].sha256:
         return judged("compile again", "made from another build of this package", target)
-    if difference := _difference(target.fingerprint, here):
+    if difference := target.fingerprint.difference(here):
         return judged("compile again", difference, target)
     return judged("load", _note(target, here), target)
-
-
-def _difference(then: Fingerprint, here: Fingerprint) -> str | None:
-    """What keeps a plan of `then` from running on `here`."""
-    if then.system != here.system:
-        return f"compiled on {then.system}, here is {here.system}"
-    if (then.gpu, then.sm) != (here.gpu, here.sm):
-        return f"compiled for {then.gpu} (sm {then.sm}), here is {here.gpu} (sm {here.sm})"
-    if then.tensorrt != here.tensorrt:
-        old, new = (version.partition(".")[0] for version in (then.tensorrt, here.tensorrt))
-        rule = f"a plan of TensorRT {old} can't run with {new}" if old != new else "a plan runs with its own only"
-        return f"compiled by TensorRT {then.tensorrt}, here is {here.tensorrt}: {rule}"
-    return None
 
 
 def _note(target: Target, here: Fingerprint) -> str:
@@ -305,19 +289,27 @@ def _judge_files(folder: Path, judgement: Judgement, target: Target) -> Judgemen
     for name, entry in target.files.items():
         path = folder / name
         try:
-            size = path.stat().st_size
-            if size != entry.size:
-                reason = f"'{path}' has {size} bytes instead of {entry.size}: it was truncated or edited"
-            elif _entry(path).sha256 != entry.sha256:
-                reason = f"'{path}' is not the file that was compiled: its SHA-256 differs"
-            else:
-                continue
+            with open_file(path) as file:
+                size = os.fstat(file.fileno()).st_size
+                if size != entry.size:
+                    reason = f"'{path}' has {size} bytes instead of {entry.size}: it was truncated or edited"
+                elif _sha256(file) != entry.sha256:
+                    reason = f"'{path}' is not the file that was compiled: its SHA-256 differs"
+                else:
+                    continue
         except FileNotFoundError:
             reason = f"'{path}' is missing"
         except OSError as error:
             reason = f"'{path}' can't be read ({error.strerror})"
         return replace(judgement, verdict="refuse", reason=reason)
     return judgement
+
+
+def _sha256(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 def _folders(package: EnginePackage) -> list[Path]:
@@ -327,21 +319,45 @@ def _folders(package: EnginePackage) -> list[Path]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise PackageError(
-            f"'{package.path / FOLDER}' can't be read ({error.strerror})", "Check its permissions"
-        ) from error
+        remedy = "Move it away" if isinstance(error, NotADirectoryError) else "Check its permissions"
+        raise PackageError(f"'{package.path / FOLDER}' can't be read ({error.strerror})", remedy) from error
+
+
+def _precision_of(judgement: Judgement) -> str:
+    """As its document says, else, where that can't be trusted, its name."""
+    return judgement.target.precision if judgement.target else judgement.id.rpartition("-")[2]
 
 
 def _rank(judgement: Judgement, order: Sequence[str]) -> tuple[int, str]:
-    precision = judgement.target.precision if judgement.target else ""
+    precision = _precision_of(judgement)
     return (order.index(precision) if precision in order else len(order), judgement.id)
+
+
+def _reasons(judgements: Sequence[Judgement]) -> list[str]:
+    return [f"{judgement.id}: {judgement.reason}" for judgement in judgements]
+
+
+def _tell_instead(package: EnginePackage, refused: Sequence[Judgement], id: str, target: Target) -> None:
+    """Warn where a target of the package's own precision was passed over for the one that runs."""
+    own = package.manifest.precision
+    passed = [judgement for judgement in refused if _precision_of(judgement) == own != target.precision]
+    if passed:
+        reasons = "; ".join(_reasons(passed))
+        log.warning(
+            "no %s target can be loaded (%s), so %s runs in %s instead: %s",
+            own,
+            reasons,
+            id,
+            target.precision,
+            how_to_compile(package),
+        )
 
 
 def _nothing_loads(
     package: EnginePackage, here: Fingerprint | None, precision: str | None, reasons: list[str]
 ) -> PackageIncompatible:
-    remedy = _remedy(package.path)
-    if precision:
+    remedy = how_to_compile(package)
+    if precision and REFERENCE in package.manifest.files:
         remedy = f"{remedy} --precision {precision}"
     if here is None:
         remedy = f"Run it on the CPU: --backend openvino, or on a machine with GPU and TensorRT: {remedy}"
@@ -351,7 +367,7 @@ def _nothing_loads(
 
 
 def _remedy(package: Path) -> str:
-    return f"dapo-edge compile {package}"
+    return f"dapo-edge compile {shlex.quote(str(package))}"
 
 
 def _slug(text: str) -> str:

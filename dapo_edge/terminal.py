@@ -136,15 +136,7 @@ def progress_bar() -> Iterator[Any]:
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        seen: list[str] = []
-
-        def line(step: str, done: int, of: int) -> None:
-            name = step.partition(": ")[0]
-            if not seen or seen[-1] != name:
-                seen.append(name)
-                say(name)
-
-        yield line
+        yield _one_line_per_step()
         return
     columns = (
         TextColumn("{task.description:28}", markup=False),
@@ -167,6 +159,18 @@ def progress_bar() -> Iterator[Any]:
         yield update
         for task in tasks.values():
             bar.update(task, completed=bar.tasks[task].total)
+
+
+def _one_line_per_step() -> Callable[[str, int, int], None]:
+    seen: list[str] = []
+
+    def line(step: str, done: int, of: int) -> None:
+        name = step.partition(": ")[0]
+        if not seen or seen[-1] != name:
+            seen.append(name)
+            say(name)
+
+    return line
 
 
 def parse_map_size(text: str | None) -> Any:

@@ -10,7 +10,9 @@ from dapo_edge import seal
 from dapo_edge.package import ENCODER, EnginePackage
 from dapo_edge.targets import KERNELS, PLAN, TARGET, TIMING, Fingerprint, TargetWriter, target_id
 
-HERE = Fingerprint(gpu="NVIDIA H200", sm="9.0", tensorrt="10.3.0", driver_cuda="12.6", system="Linux x86_64")
+HERE = Fingerprint(
+    gpu="NVIDIA H200", sm="9.0", multiprocessors=132, tensorrt="10.3.0", driver_cuda="12.6", system="Linux x86_64"
+)
 FILES = {PLAN: b"plan" * 1000, KERNELS: b"cubin", TIMING: b"timing"}
 
 

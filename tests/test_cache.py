@@ -17,9 +17,9 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_kinds_are_apart(root: Path) -> None:
-    for kind in cache.NOUN_OF_KIND:
+    for kind in cache.KINDS:
         cache.store(kind, "same", kind.encode())
-    assert [cache.load(kind, "same") for kind in cache.NOUN_OF_KIND] == [kind.encode() for kind in cache.NOUN_OF_KIND]
+    assert [cache.load(kind, "same") for kind in cache.KINDS] == [kind.encode() for kind in cache.KINDS]
     assert (root / "dapo-edge" / "kernels" / "same.blob").is_file()
     assert cache.load("kernels", "other") is None
     with pytest.raises(KeyError):
@@ -69,5 +69,16 @@ def test_a_folder_that_cannot_be_made_is_said(
     (tmp_path / "file").touch()
     monkeypatch.setenv("DAPO_EDGE_CACHE", str(tmp_path / "file"))
     cache.store("tensorrt", "key", b"blob")
-    assert "no plan cache in" in caplog.text
-    assert "set DAPO_EDGE_CACHE" in caplog.text
+    assert "no timing cache in" in caplog.text
+    assert "every compile measures anew; set DAPO_EDGE_CACHE" in caplog.text
+    cache.store("kernels", "key", b"blob")
+    assert "no kernel cache in" in caplog.text
+    assert "every start compiles anew" in caplog.text
+
+
+def test_a_damaged_timing_cache_is_no_plan(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache.store("tensorrt", "key", bytes(1000))
+    (path,) = root.rglob("*.blob")
+    path.write_bytes(b"short")
+    assert cache.load("tensorrt", "key") is None
+    assert f"the timing cache '{path}' is damaged: measured again" in caplog.text

@@ -16,9 +16,9 @@ from rich.console import Console
 
 from dapo_edge.doctor import Check, Diagnosis, diagnose
 from dapo_edge.errors import DependencyMissing
-from dapo_edge.package import EnginePackage
+from dapo_edge.fingerprint import Fingerprint, fingerprint_here
+from dapo_edge.package import REFERENCE, EnginePackage, Manifest
 from dapo_edge.tables import doctor_table
-from dapo_edge.targets import Fingerprint, fingerprint_here
 
 NOT_NEEDED = Check("TensorRT", True, "not needed without a GPU")
 
@@ -104,6 +104,34 @@ def test_a_gpu_with_all_that_it_needs(gpu: Fingerprint, package: EnginePackage) 
     assert "NVIDIA H200" in table_of(diagnosis).splitlines()[0]
 
 
+def test_the_device_key(gpu: Fingerprint, package_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = tmp_path / "device.key"
+    made_later = f"{key}, made by the first dapo-edge compile"
+    assert check_of(diagnose(), "device key") == Check("device key", True, made_later)
+    assert not key.exists()
+    compile_target(EnginePackage.open(package_copy), fingerprint=gpu)
+    assert check_of(diagnose(), "device key") == Check("device key", True, str(key))
+    monkeypatch.setenv("DAPO_EDGE_DEVICE_KEY", "/dev/null")
+    diagnosis = diagnose(package_copy)
+    assert not check_of(diagnosis, "device key").fine
+    assert "the device key '/dev/null' is not a file. Name a file in" in check_of(diagnosis, "device key").finding
+    assert [target.verdict for target in diagnosis.targets] == ["refuse"]
+    assert diagnosis.problem is None, "the CPU can inspect"
+    use(monkeypatch, NO_DRIVER)
+    assert not [check for check in diagnose().checks if check.what == "device key"], "nothing to seal here"
+
+
+def test_a_package_that_cannot_be_compiled(
+    gpu: Fingerprint, package: EnginePackage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {name: entry for name, entry in package.manifest.files.items() if name != REFERENCE}
+    old = EnginePackage(package.path, Manifest(**{**package.manifest.model_dump(), "files": files}))
+    monkeypatch.setattr(EnginePackage, "open", lambda path: old)
+    finding = check_of(diagnose(package.path), "targets").finding
+    assert finding.startswith("none for this GPU yet: Build the package again with this dapo-edge")
+    assert "dapo-edge compile" not in finding
+
+
 def test_a_gpu_without_what_it_needs(gpu: Fingerprint, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(*what: object) -> None:
         assert what == ("sm_90", (12, 6))
@@ -163,7 +191,9 @@ def test_a_gpu_that_can_load_none_of_the_targets(gpu: Fingerprint, package_copy:
 
 
 def test_targets_on_a_machine_without_a_gpu(package_copy: Path) -> None:
-    fingerprint = Fingerprint(gpu="Orin", sm="8.7", tensorrt="10.3.0", driver_cuda="12.6", system="Linux aarch64")
+    fingerprint = Fingerprint(
+        gpu="Orin", sm="8.7", multiprocessors=16, tensorrt="10.3.0", driver_cuda="12.6", system="Linux aarch64"
+    )
     compile_target(EnginePackage.open(package_copy), fingerprint=fingerprint)
     diagnosis = diagnose(package_copy)
     assert diagnosis.as_json()["targets"] == [

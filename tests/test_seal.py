@@ -6,6 +6,7 @@ import errno
 import hashlib
 import hmac
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,11 @@ def test_where_the_key_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     seal.seal(CONTENT)
     assert (tmp_path / "shared.key").stat().st_size == 32
     assert not (tmp_path / ".local").exists()
+    monkeypatch.setenv("DAPO_EDGE_DEVICE_KEY", "~/home.key")
+    assert seal.key_path() == tmp_path / "home.key"
+    monkeypatch.setenv("DAPO_EDGE_DEVICE_KEY", "~nobody-of-this-name/x.key")
+    with pytest.raises(OutputError, match="no home folder is known"):
+        seal.key_path()
 
 
 def test_no_home_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,3 +138,53 @@ def test_a_key_that_appears_while_another_is_made(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(os, "link", slow)
     assert seal.seal({}) == hmac.new(theirs, b"dapo-edge target 1\n{}", hashlib.sha256).hexdigest()
     assert seal.key_path().read_bytes() == theirs
+
+
+def test_preparing_makes_the_key_that_seals(data_folder: Path) -> None:
+    assert seal.key_here() == f"{seal.key_path()}, made by the first dapo-edge compile"
+    assert not data_folder.exists(), "looking makes nothing"
+    seal.prepare()
+    key = seal.key_path().read_bytes()
+    seal.prepare()
+    seal.seal(CONTENT)
+    assert seal.key_path().read_bytes() == key
+    assert seal.key_here() == str(seal.key_path())
+    seal.key_path().write_bytes(b"short")
+    for use in (seal.prepare, seal.key_here):
+        with pytest.raises(OutputError, match="has 5 bytes instead of 32"):
+            use()
+
+
+def test_a_place_where_no_key_can_be_made(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(OutputError, match=r"none can be made in .*Name a file in DAPO_EDGE_DEVICE_KEY"):
+        seal.key_here()
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "/dev/null", "/dev/zero", "/proc/self/environ", "/proc/self/none"])
+def test_what_is_no_file_is_no_key(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder").mkdir(mode=0o777)
+    os.mkfifo(tmp_path / "pipe", 0o666)
+    monkeypatch.setenv("DAPO_EDGE_DEVICE_KEY", str(tmp_path / kind))
+    for use in (seal.prepare, seal.key_here, lambda: seal.seal(CONTENT)):
+        with pytest.raises(OutputError, match=r"is not a file\. Name a file in DAPO_EDGE_DEVICE_KEY\.$"):
+            use()
+    assert "is not a file" in (seal.broken(CONTENT, "") or "")
+
+
+def test_the_command_that_mends_a_mode_can_be_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "it's mine; key"
+    monkeypatch.setenv("DAPO_EDGE_DEVICE_KEY", str(path))
+    seal.prepare()
+    path.chmod(0o666)
+    with pytest.raises(OutputError) as caught:
+        seal.prepare()
+    assert f"chmod 600 {shlex.quote(str(path))}. " in caught.value.remedy
+
+
+def test_content_that_is_nested_too_deeply_is_not_sealed_here() -> None:
+    seal.prepare()
+    nested: list[object] = []
+    for _ in range(100_000):
+        nested = [nested]
+    assert "nested more deeply" in (seal.broken({"a": nested}, "0" * 64) or "")

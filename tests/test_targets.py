@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
+import logging
+import os
+import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -14,11 +15,11 @@ from typing import Any
 
 import pytest
 from driver_fakes import H200, NO_DRIVER, FakeLibcuda, use
-from made_targets import FILES, HERE, compile_target, edit, fields, reseal
+from made_targets import FILES, HERE, compile_target, edit, reseal
 
-from dapo_edge import seal
+from dapo_edge import seal, targets
 from dapo_edge.errors import OutputError, PackageDamaged, PackageError, PackageIncompatible
-from dapo_edge.package import EnginePackage, FileEntry, Manifest
+from dapo_edge.package import REFERENCE, EnginePackage, Manifest
 from dapo_edge.targets import (
     KERNELS,
     PLAN,
@@ -56,7 +57,7 @@ def verdict(folder: Path, package: EnginePackage, here: Fingerprint | None = HER
     return judgement.verdict, judgement.reason
 
 
-def other(**changes: str) -> Fingerprint:
+def other(**changes: Any) -> Fingerprint:
     return Fingerprint(**{**HERE.model_dump(), **changes})
 
 
@@ -101,6 +102,7 @@ def test_names_of_targets(fingerprint: Fingerprint, precision: str, expected: st
         (other(tensorrt="10.13.3"), "compile again", "compiled by TensorRT 10.13.3, here is 10.3.0: a plan runs with"),
         (other(gpu="Orin", sm="8.7"), "compile again", "compiled for Orin (sm 8.7), here is NVIDIA H200 (sm 9.0)"),
         (other(sm="9.1"), "compile again", "NVIDIA H200 (sm 9.1)"),
+        (other(multiprocessors=114), "compile again", "NVIDIA H200 with 114 multiprocessors, here it has 132: another"),
         (other(system="Linux aarch64"), "compile again", "compiled on Linux aarch64, here is Linux x86_64"),
     ],
 )
@@ -140,6 +142,16 @@ def test_the_fingerprint_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> Non
     assert fingerprint_here() == HERE
 
 
+def become_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def become_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 @pytest.mark.parametrize(
     ("damage", "text"),
     [
@@ -148,6 +160,10 @@ def test_the_fingerprint_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> Non
         (lambda folder: (folder / TARGET).write_bytes(b"[]"), "target.json' can't be read"),
         (lambda folder: (folder / TARGET).write_bytes(b"[" * 100_000), "target.json' can't be read (RecursionError"),
         (lambda folder: (folder / TARGET).write_bytes(b'"\xff"'), "target.json' can't be read (UnicodeDecodeError"),
+        (lambda folder: (folder / TARGET).write_bytes(b" " * (4 << 20) + b"{}"), "larger than 4 MB"),
+        (lambda folder: become_pipe(folder / TARGET), "target.json' can't be read (NotAFile"),
+        (lambda folder: become_pipe(folder / PLAN), "encoder.plan' can't be read (not a file)"),
+        (lambda folder: become_folder(folder / KERNELS), "kernels.cubin' can't be read (not a file)"),
         (lambda folder: (folder / PLAN).unlink(), "encoder.plan' is missing"),
         (lambda folder: (folder / PLAN).write_bytes(b"plan"), "encoder.plan' has 4 bytes instead of 4000"),
         (lambda folder: (folder / KERNELS).write_bytes(b"CUBIN"), "kernels.cubin' is not the file that was compiled"),
@@ -204,11 +220,33 @@ def test_devices_that_share_a_key_load_each_others_targets(
     assert verdict(folder, opened)[0] == "load"
 
 
+def deep(levels: int) -> Any:
+    nested: list[Any] = []
+    for _ in range(levels):
+        nested = [nested]
+    return nested
+
+
+def test_no_depth_of_nesting_raises(opened: EnginePackage) -> None:
+    """Reading, sealing and checking each have a depth of their own at which they give up."""
+    folder = compile_target(opened)
+    reasons = set()
+    for depth in (*range(100, 900, 100), *range(900, 1000)):
+        (folder / TARGET).write_text(f'{{"format": 1, "seal": "x", "a": {"[" * depth}{"]" * depth}}}')
+        found, reason = verdict(folder, opened)
+        assert found == "refuse"
+        reasons.add(reason.partition(" (")[0].replace(str(folder), ""))
+    assert "compiled on another device" in reasons
+    assert reasons & {"'/target.json' can't be read", "not compiled here: it is nested more deeply than any target"}
+
+
 @pytest.mark.parametrize(
     ("changes", "found", "text"),
     [
         ({"format": 2}, "compile again", "target format 2, this dapo-edge reads 1"),
         ({"format": None}, "compile again", "target format None"),
+        ({"format": [[]]}, "compile again", "target format of no kind"),
+        ({"gate": {"x": deep(300)}}, "refuse", "gate"),
         ({"precision": "fp8"}, "refuse", "precision: Input should be 'fp32', 'fp16' or 'int8'"),
         ({"more": 1}, "refuse", "more: Extra inputs are not permitted"),
         ({"files": {}}, "refuse", "encoder.plan, kernels.cubin does not belong to the target"),
@@ -235,6 +273,53 @@ def test_best_takes_the_packages_own_precision_first(opened: EnginePackage) -> N
     assert (chosen.target.precision, chosen.folder.name) == ("int8", "nvidia-h200-sm90-trt10.3.0-int8")
     manifest = Manifest(**{**opened.manifest.model_dump(), "precision": "fp16"})
     assert best(EnginePackage(opened.path, manifest), HERE).target.precision == "fp16"
+
+
+def test_best_tells_when_another_precision_runs_than_the_packages_own(
+    opened: EnginePackage, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    compile_target(opened, precision="fp16")
+    best(opened, HERE)
+    assert caplog.text == "", "nobody compiled another"
+    own = compile_target(opened, precision="fp32")
+    for damage, reason in (
+        (lambda: (own / PLAN).write_bytes(bytes(4000)), "its SHA-256 differs"),
+        (lambda: reseal(own, encoder_sha256="1" * 64), "made from another build of this package"),
+        (lambda: edit(own, seconds=1.0), "compiled on another device (or edited)"),
+        (lambda: (own / TARGET).unlink(), "is missing"),
+    ):
+        damage()
+        caplog.clear()
+        assert best(opened, HERE).target.precision == "fp16"
+        [record] = caplog.records
+        assert record.getMessage().startswith(f"no fp32 target can be loaded ({own.name}: ")
+        assert reason in record.getMessage()
+        assert "nvidia-h200-sm90-trt10.3.0-fp16 runs in fp16 instead: dapo-edge compile" in record.getMessage()
+        caplog.clear()
+        best(opened, HERE, "fp16")
+        assert caplog.text == "", "it was asked for"
+    compile_target(opened, precision="fp32")
+    compile_target(opened, precision="fp32", fingerprint=other(tensorrt="10.2.0"))
+    best(opened, HERE)
+    assert caplog.text == "", "the older one of the same precision is not missed"
+
+
+def test_a_package_without_reference_must_be_built_again(opened: EnginePackage) -> None:
+    files = {name: entry for name, entry in opened.manifest.files.items() if name != REFERENCE}
+    assert len(files) == len(opened.manifest.files) - 1
+    old = EnginePackage(opened.path, Manifest(**{**opened.manifest.model_dump(), "files": files}))
+    for precision in (None, "fp16"):
+        with pytest.raises(PackageIncompatible, match=r"is not compiled yet\. Build the package again") as caught:
+            best(old, HERE, precision)
+        assert "dapo-edge compile" not in caught.value.remedy
+        assert "--precision" not in caught.value.remedy
+    assert targets.how_to_compile(opened) == f"dapo-edge compile {opened.path}"
+
+
+def test_commands_can_be_pasted(package: EnginePackage, tmp_path: Path) -> None:
+    named = EnginePackage.open(shutil.copytree(package.path, tmp_path / "it's a; package"))
+    assert shlex.split(targets.how_to_compile(named)) == ["dapo-edge", "compile", str(named.path)]
 
 
 def test_best_says_of_every_target_why_not(opened: EnginePackage) -> None:
@@ -277,8 +362,14 @@ def test_judge_all_is_sorted_and_skips_what_is_being_compiled(opened: EnginePack
 
 def test_targets_that_cannot_be_listed(opened: EnginePackage) -> None:
     (opened.path / "targets").touch()
-    with pytest.raises(PackageError, match="targets' can't be read"):
+    with pytest.raises(PackageError, match=r"targets' can't be read.*Move it away"):
         judge_all(opened, HERE)
+    with pytest.raises(OutputError, match=r"targets' is not a folder\. Move it away"), TargetWriter(opened.path, "x"):
+        pass
+    (opened.path / "targets").unlink()
+    (opened.path / "targets").symlink_to("nowhere")
+    with pytest.raises(OutputError, match=r"targets' is not a folder"), TargetWriter(opened.path, "x"):
+        pass
 
 
 def test_a_plan_that_changes_after_it_was_judged(opened: EnginePackage) -> None:
@@ -286,98 +377,9 @@ def test_a_plan_that_changes_after_it_was_judged(opened: EnginePackage) -> None:
     (chosen[0] / PLAN).write_bytes(b"evil" * 1000)
     with pytest.raises(PackageDamaged, match=r"encoder\.plan' is not the file that was compiled\. dapo-edge compile"):
         read_plan(*chosen)
+    become_pipe(chosen[0] / PLAN)
+    with pytest.raises(PackageDamaged, match="can't be read"):
+        read_plan(*chosen)
     (chosen[0] / PLAN).unlink()
     with pytest.raises(PackageDamaged, match="can't be read"):
         read_plan(*chosen)
-
-
-@pytest.mark.parametrize(
-    "interruption", [KeyboardInterrupt(), ZeroDivisionError(), OSError(errno.ENOSPC, "No space left on device")]
-)
-@pytest.mark.parametrize("place", ["dapo_edge.folders._sync", "dapo_edge.folders._exchange"])
-def test_an_interrupted_commit_leaves_the_previous_target(
-    opened: EnginePackage, place: str, interruption: BaseException, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = compile_target(opened)
-
-    def interrupted(*paths: Path) -> bool:
-        raise interruption
-
-    with monkeypatch.context() as patch, pytest.raises((type(interruption), OutputError)) as caught:
-        patch.setattr(place, interrupted)
-        compile_target(opened, batch=2)
-    if caught.type is OutputError:
-        assert "Free some space" in str(caught.value)
-    target = judge(folder, opened, HERE).target
-    assert target is not None
-    assert target.batch == 1
-    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
-
-
-def test_a_first_target_that_fails_leaves_nothing(opened: EnginePackage) -> None:
-    before = sorted(opened.path.rglob("*"))
-    with pytest.raises(ZeroDivisionError), TargetWriter(opened.path, "x") as writer:
-        writer.write(PLAN, b"plan")
-        raise ZeroDivisionError
-    assert sorted(opened.path.rglob("*")) == before
-
-
-@pytest.mark.parametrize("exchangeable", [True, False])
-def test_replacing_a_target(opened: EnginePackage, exchangeable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not exchangeable:
-        monkeypatch.setattr("dapo_edge.folders._exchange", lambda one, two: False)
-    compile_target(opened)
-    folder = compile_target(opened, batch=2)
-    assert best(opened, HERE).target.batch == 2
-    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
-
-
-def test_leftovers_of_a_killed_process_are_removed(opened: EnginePackage) -> None:
-    code = (
-        "import os, signal, sys; from dapo_edge.targets import TargetWriter\n"
-        "with TargetWriter(sys.argv[1], 'older-name') as writer:\n"
-        "    writer.write('encoder.plan', b'half'); os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    killed = subprocess.run([sys.executable, "-c", code, str(opened.path)], check=False, timeout=60)
-    assert killed.returncode == -9
-    targets = opened.path / "targets"
-    assert len(list(targets.iterdir())) == 2
-    with TargetWriter(opened.path, "x") as alive:
-        assert {path.name for path in targets.iterdir()} == {alive.folder.name, f"{alive.folder.name}.lock"}
-        with TargetWriter(opened.path, "y"):
-            assert alive.folder.is_dir(), "another process is still at work on it"
-    assert not targets.exists()
-
-
-def test_a_package_that_is_replaced_meanwhile(opened: EnginePackage) -> None:
-    with pytest.raises(OutputError, match="was replaced while this target was compiled"):  # noqa: SIM117
-        with TargetWriter(opened.path, "x") as writer:
-            writer.write(PLAN, b"plan")
-            shutil.rmtree(opened.path / "targets")
-            writer.write(KERNELS, b"cubin")
-    with pytest.raises(OutputError, match=r"was replaced.*dapo-edge compile"), TargetWriter(opened.path, "x") as writer:
-        shutil.rmtree(opened.path / "targets")
-        writer.commit(fields(opened))
-
-
-@pytest.mark.parametrize("name", ["", "..", ".hidden", "a/b", "../../x", "X", "a\nb", "x" * 201])
-def test_names_that_no_target_has(opened: EnginePackage, name: str) -> None:
-    with (
-        pytest.raises(OutputError, match=r"not the name of a target|not an engine package"),
-        TargetWriter(opened.path, name),
-    ):
-        pass
-    assert not (opened.path / "targets").exists()
-
-
-def test_only_packages_have_targets(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="is not an engine package"), TargetWriter(tmp_path, "x"):
-        pass
-    assert not (tmp_path / "targets").exists()
-
-
-@pytest.mark.parametrize("gate", [{"x": object()}, {"x": float("nan")}])
-def test_what_is_no_json_is_not_written(opened: EnginePackage, gate: Any) -> None:
-    files = {name: FileEntry(sha256="0" * 64, size=0) for name in (PLAN, KERNELS)}
-    with pytest.raises(ValueError, match="gate"):
-        Target(format=1, files=files, **fields(opened, gate=gate))

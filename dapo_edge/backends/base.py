@@ -110,3 +110,5 @@ def check_bank(bank: PromptBank, dimensions: int) -> None:
             f"the prompt bank has {bank.dimensions} dimensions, the engine package {dimensions}",
             "Use a bank that was made with the same backbone",
         )
+    if len(bank.names) > 256:
+        raise RecipeError(f"a type map holds 255 defect types, not {len(bank.names) - 1}", "Use fewer words")

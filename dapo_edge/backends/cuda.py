@@ -152,7 +152,7 @@ class Cuda:
         """Device memory that holds a copy of `array`."""
         content = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
         buffer = self.allocate(content.nbytes, purpose)
-        # Through our own stream, which doesn't wait for other copies; waiting for the context would break others' captures.
+        # Through our own stream, which waits for no other; waiting for the whole context would break others' captures.
         staging = self.pinned(content.nbytes)
         staging.array[: content.nbytes] = content
         self.upload(buffer.address, staging.array[: content.nbytes])

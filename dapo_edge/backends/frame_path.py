@@ -206,7 +206,7 @@ class FramePath:
             types=types.copy(),
             probs=_typed(shared.host_probs, np.float32, (batch, channels, shared.patches)).copy(),
             embedding=embedding[:batch].copy(),
-            peaks=peaks[:, :channels].copy(),
+            peaks=np.minimum(peaks[:, :channels], 1),
             highest=peaks[:, -1].copy(),
             top=top,
             stage_ms=self._stage_ms(),

@@ -49,6 +49,7 @@ class Flavour:
     islands: tuple[str, ...]  # names of the operators that compute in float32 inside of the FP16 flavour, in order
     nodes: int  # operators, without casts
     casts: int
+    attention_blocks: int  # of the encoder
 
 
 def fp32_flavour(model: bytes) -> Flavour:
@@ -158,6 +159,7 @@ def _flavour(graph: PlainGraph, precision: Precision, islands: frozenset[str]) -
         islands=tuple(node.name for node in graph.nodes if node.name in islands),
         nodes=len(graph.nodes),
         casts=len(typed.nodes) - len(graph.nodes),
+        attention_blocks=sum(node.op_type == "Softmax" for node in graph.nodes),
     )
 
 

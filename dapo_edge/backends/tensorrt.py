@@ -109,6 +109,25 @@ class TensorRtBackend:
             parts = [self._encode_chunk(chunk) for chunk in _chunks(_trimmed(views), self._manifest.batch)]
         return np.concatenate([tokens for tokens, _ in parts]), np.concatenate([row for _, row in parts])
 
+    def preprocessed(self, views: Sequence[View]) -> NDArray[np.float32]:
+        """What the encoder is given for a batch of views at most, [B, 3, S, S]: what the kernels' check compares."""
+        shared, manifest = self._shared, self._manifest
+        shape = (manifest.batch, 3, manifest.image_size, manifest.image_size)
+        with self._active():
+            host = self._cuda.pinned(shared.images.nbytes)
+            view_input = ViewInput(shared, tuple(ViewShape.of(view) for view in views))
+            try:
+                view_input.fill(views)
+                view_input.upload()
+                view_input.preprocess()
+                self._cuda.download(host.array, shared.images.address)
+                self._cuda.synchronise()
+                images = host.array.view(np.float16 if shared.images_are_half else np.float32).reshape(shape)
+                return images[: len(views)].astype(np.float32)
+            finally:
+                view_input.close()
+                self._cuda.unpin(host)
+
     def set_bank(self, bank: PromptBank) -> None:
         """Use another bank from the next call on. Graphs read it from where it always lies: none is captured again."""
         check_bank(bank, self._manifest.dimensions)

@@ -17,15 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Self
 
-from dapo_edge import cache, gate, targets
+from dapo_edge import cache, gate, seal, targets
 from dapo_edge.backends import onnx_flavours, trt_api
 from dapo_edge.backends.base import MapBatch, MapSize, View
 from dapo_edge.backends.cuda import Cuda
 from dapo_edge.backends.host import make_maps
+from dapo_edge.backends.kernel_check import check_kernels
 from dapo_edge.backends.tensorrt import TensorRtBackend, check_limits
 from dapo_edge.backends.trt_report import Attention, attention_fused
 from dapo_edge.config import packaged_recipe
 from dapo_edge.errors import BackendError, PackageIncompatible, RecipeError
+from dapo_edge.extras import require
 from dapo_edge.kernels.compile import Cubin, compile_kernels
 from dapo_edge.package import ENCODER, EnginePackage
 from dapo_edge.prompt_bank import PromptBank
@@ -76,47 +78,73 @@ def compile_package(
     precision = precision or package.manifest.precision
     if precision not in FLAVOURS:
         raise RecipeError(f"unknown precision '{precision}'", f"Use {' or '.join(FLAVOURS)}")
-    options = trt_api.BuildOptions(precision, workspace_bytes, optimization_level)  # bad ones show at once
-    check_limits(package.manifest, package.bank())
-    reference = package.reference()
-    if reference is None:
-        raise PackageIncompatible(
-            f"'{package.path}' was built before packages carried a reference to judge a plan by",
-            _NO_REFERENCE,
-        )
+    options = trt_api.BuildOptions(precision, workspace_bytes, optimization_level)
+    reference = _checked(package)
     with _opened_device() as device:
         id = target_id(device.fingerprint, precision)
         with TargetWriter(package.path, id) as writer:
-            on_progress("compiling the kernels", 0, 1)
-            cubin = compile_kernels(device.cuda.sm, driver_cuda=device.cuda.driver_cuda)
-            writer.write(KERNELS, cubin.data)
+            cubin = _write_kernels(writer, device, on_progress)
             on_progress("preparing the encoder", 0, 1)
             flavour = _flavour(package, precision, reference)
-            options = replace(options, fp32_nodes=flavour.islands)
-            built = _build(device, flavour, options, on_progress)
+            built = _build(package, device, flavour, replace(options, fp32_nodes=flavour.islands), on_progress)
             writer.write(PLAN, built.plan)
             writer.write(TIMING, built.timing_cache)
-            attention = attention_fused(built.layers, _attention_blocks(flavour.model))
-            _tell_attention(attention)
+            attention = attention_fused(built.layers, flavour.attention_blocks)
+            _tell_attention(attention, precision)
             drift = _passed_gate(package, device, cubin, built.plan, precision, reference, on_progress)
+            about = _about_plan(package, device, cubin, built, flavour)
             target = writer.commit(
                 {
-                    "fingerprint": device.fingerprint,
-                    "precision": precision,
-                    "batch": package.manifest.batch,
-                    "encoder_sha256": package.manifest.files[ENCODER].sha256,
-                    "kernels": {"source_sha256": cubin.source_sha256, "toolkit": cubin.toolkit},
+                    **about,
                     "options": {"workspace_bytes": workspace_bytes, "optimization_level": optimization_level},
                     "attention": asdict(attention),
-                    "islands": flavour.islands,
                     "gate": asdict(drift),
-                    "layers": _summary(built),
-                    "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
                     "seconds": round(time.monotonic() - started, 1),
                 }
             )
         on_progress("writing the target", 1, 1)
         return Compiled(writer.destination, target)
+
+
+def _write_kernels(writer: TargetWriter, device: _Device, on_progress: Progress) -> Cubin:
+    on_progress("compiling the kernels", 0, 1)
+    # Afresh, because what is sealed as this device's own must not come out of a folder that others may write.
+    cubin = compile_kernels(device.cuda.sm, driver_cuda=device.cuda.driver_cuda, use_cache=False)
+    writer.write(KERNELS, cubin.data)
+    return cubin
+
+
+def _about_plan(
+    package: EnginePackage,
+    device: _Device,
+    cubin: Cubin,
+    built: trt_api.BuiltPlan,
+    flavour: onnx_flavours.Flavour,
+) -> dict[str, Any]:
+    """What a target says about what it was made from."""
+    return {
+        "fingerprint": device.fingerprint,
+        "precision": flavour.precision,
+        "batch": package.manifest.batch,
+        "encoder_sha256": package.manifest.files[ENCODER].sha256,
+        "kernels": {"source_sha256": cubin.source_sha256, "toolkit": cubin.toolkit},
+        "islands": flavour.islands,
+        "layers": _summary(built),
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _checked(package: EnginePackage) -> ReferenceData:
+    """Everything that would stop a compile at its end, looked at before it begins; the package's reference."""
+    check_limits(package.manifest, package.bank())
+    reference = package.reference()
+    if reference is None:
+        raise PackageIncompatible(
+            f"'{package.path}' was built before packages carried a reference to judge a plan by", _NO_REFERENCE
+        )
+    require("onnx", extra="gpu")
+    seal.prepare()
+    return reference
 
 
 @contextlib.contextmanager
@@ -140,39 +168,45 @@ def _flavour(package: EnginePackage, precision: str, reference: ReferenceData) -
 
 
 def _build(
-    device: _Device, flavour: onnx_flavours.Flavour, options: trt_api.BuildOptions, on_progress: Progress
+    package: EnginePackage,
+    device: _Device,
+    flavour: onnx_flavours.Flavour,
+    options: trt_api.BuildOptions,
+    on_progress: Progress,
 ) -> trt_api.BuiltPlan:
-    """Build with the timing cache of earlier builds on this very kind of device."""
+    """Build with the timings of earlier builds on this very kind of device, from the cache or the older target."""
     here = device.fingerprint
-    key = cache.key_of(here.gpu, here.sm, here.tensorrt, here.driver_cuda, platform.machine())
+    key = cache.key_of(here.gpu, here.sm, here.multiprocessors, here.tensorrt, here.driver_cuda, platform.machine())
     on_progress("building the plan", 0, 1)
     built = trt_api.build_plan(
         device.trt,
         flavour.model,
         options,
-        cache.load(CACHE_KIND, key),
+        cache.load(CACHE_KIND, key) or _timings_of_target(package, device, options.precision),
         lambda phase, done, total: on_progress(f"building the plan: {phase}", done, total),
     )
     cache.store(CACHE_KIND, key, built.timing_cache)
     return built
 
 
-def _attention_blocks(model: bytes) -> int:
-    """Softmax operators of the encoder: one in each attention block, and nowhere else."""
-    from dapo_edge.extras import require
+def _timings_of_target(package: EnginePackage, device: _Device, precision: str) -> bytes | None:
+    folder = package.path / targets.FOLDER / target_id(device.fingerprint, precision)
+    judgement = targets.judge(folder, package, device.fingerprint)
+    if judgement.verdict == "refuse" or judgement.target is None or TIMING not in judgement.target.files:
+        return None
+    return targets.read_file(folder, judgement.target, TIMING)
 
-    graph = require("onnx").load_from_string(model).graph
-    return sum(node.op_type == "Softmax" for node in graph.node)
 
-
-def _tell_attention(attention: Attention) -> None:
+def _tell_attention(attention: Attention, precision: str) -> None:
     if not attention.known:
         log.warning("this TensorRT does not tell whether attention runs as fused kernels")
     elif attention.fused < attention.of:
+        hope = "--precision fp16, or a newer TensorRT," if precision == "fp32" else "a newer TensorRT"
         log.warning(
-            "attention fused: %d/%d; the others are several times slower. A newer TensorRT may fuse them",
+            "attention fused: %d/%d; a block that is not runs several times slower: %s may fuse it",
             attention.fused,
             attention.of,
+            hope,
         )
 
 
@@ -199,6 +233,8 @@ def _passed_gate(
             package.thresholds(),
             lambda: on_progress("accuracy gate", next(counted), len(reference.views)),
         )
+        on_progress("checking the kernels", 0, 1)
+        check_kernels(compiled, package)
     limits = packaged_recipe(package.manifest.recipe).gate
     remedy = "No target was written. Compile with --precision fp32, or build with wider limits under 'gate'"
     gate.check_limits(f"the plan in {precision}", drifts[precision], limits, remedy)

@@ -1,7 +1,7 @@
 """Compiles the shipped CUDA sources on the device, with its own nvcc or NVRTC, and keeps the result.
 
-A cubin fits one GPU architecture and no driver older than its compiler. So the package ships source, every device
-compiles once, and the cache remembers by source, architecture and compiler.
+A cubin fits one GPU architecture, and drivers of its compiler's CUDA major version or a later one. So the package ships
+source, every device compiles once, and the cache remembers by source, architecture and driver.
 """
 
 from __future__ import annotations
@@ -87,8 +87,9 @@ def find_compilers() -> tuple[Compiler, ...]:
 
 
 def find_compiler(sm: str | None = None, driver_cuda: CudaVersion | None = None) -> Compiler:
-    """The compiler to use: nvcc, else NVRTC; where the driver's CUDA version is given, the newest that it can load.
+    """The compiler to use: nvcc, else NVRTC; where the driver's CUDA version is given, the newest up to that.
 
+    Where all are newer, the oldest of the driver's major version: within one, an older driver loads newer machine code.
     `sm` leaves only compilers that know this architecture. Raises `DependencyMissing` where there is no compiler at
     all, `BackendError` where none fits.
     """
@@ -107,12 +108,16 @@ def find_compiler(sm: str | None = None, driver_cuda: CudaVersion | None = None)
     if driver_cuda is None:
         return known[0]
     fitting = [compiler for compiler in known if compiler.version <= driver_cuda]
-    if not fitting:
-        raise BackendError(
-            f"the driver loads CUDA {_dotted(driver_cuda)} at most, and the compilers here are newer: {_list(known)}",
-            f"Update the driver, or {_install_hint(driver_cuda)}",
-        )
-    return max(fitting, key=lambda compiler: compiler.version)  # the first of equals: nvcc
+    if fitting:
+        return max(fitting, key=lambda compiler: compiler.version)  # the first of equals: nvcc
+    same_major = [compiler for compiler in known if compiler.version[0] == driver_cuda[0]]
+    if same_major:
+        return min(same_major, key=lambda compiler: compiler.version)
+    raise BackendError(
+        f"the driver, of CUDA {_dotted(driver_cuda)}, loads nothing of a newer major version, and the compilers here "
+        f"are newer: {_list(known)}",
+        f"Update the driver, or {_install_hint(driver_cuda)}",
+    )
 
 
 def compile_kernels(
@@ -125,18 +130,25 @@ def compile_kernels(
 ) -> Cubin:
     """Compile all `.cu` files of `folder` into one cubin for `sm` ("sm_87"), or take it from the cache.
 
-    Raises `BackendError` with the compiler's first error line, and what `find_compiler` raises.
+    Without `compiler`, one is looked for only where the cache has nothing that the driver can load. Raises
+    `BackendError` with the compiler's first error line, and what `find_compiler` raises.
     """
-    compiler = compiler or find_compiler(sm, driver_cuda)
+    if compiler is None and driver_cuda is None:
+        compiler = find_compiler(sm)
     sources = _read_sources(folder)
     digest = _digest(sources)
-    key = cache.key_of(CACHE_FORMAT, digest, sm, compiler.name)
+    # Whatever compiler made it, all drivers of one major version load it.
+    loader = compiler.name if compiler else f"driver {driver_cuda[0] if driver_cuda else ''}"
+    key = cache.key_of(CACHE_FORMAT, digest, sm, loader)
     blob = cache.load(CACHE_KIND, key) if use_cache else None
     if blob is not None:
         return _unpack(blob)
+    compiler = compiler or find_compiler(sm, driver_cuda)
     build = _build_nvcc if compiler.kind == "nvcc" else _build_nvrtc
     data, text = build(compiler, sm, sources)
     warnings = tuple(" ".join(line.split()) for line in text.splitlines() if "warning" in line)
+    for warning in warnings:
+        log.warning("%s, for %s: %s", compiler.name, sm, warning)
     cubin = Cubin(data, sm, compiler.name, digest, parse_usage(text), warnings)
     if use_cache:
         cache.store(CACHE_KIND, key, _pack(cubin))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -35,13 +36,23 @@ class PixelView:
     crop: tuple[int, int, int, int] | None = None  # left, top, width, height; None: all of it
 
     def __post_init__(self) -> None:
-        if self.format not in FORMATS:
+        if not isinstance(self.format, str) or self.format not in FORMATS:
             raise FrameError(f"unknown pixel format {self.format!r:.40}", f"Use one of {', '.join(FORMATS)}")
         data = self.data
         if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2:
             raise FrameError("a camera's bytes must be a uint8 array [rows, pitch]", "Reshape the buffer first")
-        row_bytes = self.width * _BYTES_PER_PIXEL[self.format]
-        rows = self.height
+        # Plain numbers from here on: NumPy's small ones would wrap around in what is computed of them.
+        (width, height), crop = _whole("width and height", (self.width, self.height), 2), self.crop
+        object.__setattr__(self, "width", width)
+        object.__setattr__(self, "height", height)
+        object.__setattr__(self, "crop", None if crop is None else _whole("a crop", crop, 4))
+        self._check_bytes()
+        left, top, across, down = self.window
+        if min(left, top) < 0 or min(across, down) < 1 or left + across > width or top + down > height:
+            raise FrameError(f"the crop {self.crop} leaves the picture of {width} x {height} px", "Make it smaller")
+
+    def _check_bytes(self) -> None:
+        data, row_bytes, rows = self.data, self.width * _BYTES_PER_PIXEL[self.format], self.height
         if self.format == "NV12":
             row_bytes += self.width % 2
             rows += -(-self.height // 2)
@@ -50,11 +61,6 @@ class PixelView:
                 f"{list(data.shape)} bytes don't hold {self.width} x {self.height} px of {self.format}, which need "
                 f"[{rows}, {row_bytes}] and 2 px per side",
                 "Check the camera's width, height, pitch and pixel format",
-            )
-        left, top, width, height = self.window
-        if min(left, top) < 0 or min(width, height) < 1 or left + width > self.width or top + height > self.height:
-            raise FrameError(
-                f"the crop {self.crop} leaves the picture of {self.width} x {self.height} px", "Make it smaller"
             )
 
     @property
@@ -99,6 +105,17 @@ class PixelView:
         """The part that is looked at, [H, W, 3] RGB."""
         left, top, width, height = self.window
         return to_rgb(self.data, self.format, self.width, self.height)[top : top + height, left : left + width]
+
+
+def _whole(what: str, values: object, count: int) -> tuple[int, ...]:
+    """Plain integers, or a `FrameError`."""
+    try:
+        numbers = tuple(operator.index(value) for value in values)  # type: ignore[attr-defined]
+    except TypeError:
+        numbers = ()
+    if len(numbers) != count:
+        raise FrameError(f"{what} must be {count} whole numbers of pixels, not {values!r:.80}", "Round them first")
+    return numbers
 
 
 def to_rgb(data: Bytes, pixel_format: PixelFormat, width: int, height: int) -> Bytes:

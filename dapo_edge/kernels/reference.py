@@ -110,7 +110,7 @@ def defect_map(probs: FloatArray, rows: TapTable, columns: TapTable) -> Maps:
             _running_argmax(share, types[image, block])
             anomaly[image, block] = share[0]
             np.maximum(peaks[image], share.max(axis=(1, 2)), out=peaks[image])
-    return Maps(_complement(anomaly), types, peaks)
+    return Maps(_complement(anomaly), types, np.minimum(peaks, 1, out=peaks))
 
 
 def image_score(

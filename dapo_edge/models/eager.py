@@ -111,7 +111,7 @@ class EagerBackend:
         upsampled = F.interpolate(probs, size=(height, width), mode="bilinear", align_corners=self._spec.align_corners)
         scale = self._spec.smoothing_px / self._spec.image_size
         smooth = _gaussian(_gaussian(upsampled, scale * height, dim=2), scale * width, dim=3)
-        return 1 - smooth[:, 0], smooth.argmax(dim=1).to(torch.uint8), probs, smooth.amax(dim=(2, 3))
+        return 1 - smooth[:, 0], smooth.argmax(dim=1).to(torch.uint8), probs, smooth.amax(dim=(2, 3)).clamp(max=1)
 
     def _scores(self, embedding: Tensor, bank: PromptBank, anomaly: Tensor) -> Tensor:
         pixels = anomaly.flatten(1)

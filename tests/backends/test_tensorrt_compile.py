@@ -8,6 +8,7 @@ import logging
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from dapo_edge.backends.tensorrt import TensorRtBackend
 from dapo_edge.backends.tensorrt_compile import RecordedBackend, compile_package
 from dapo_edge.cli import commands
 from dapo_edge.doctor import diagnose
-from dapo_edge.errors import BackendError, DependencyMissing, GateError, PackageIncompatible, RecipeError
+from dapo_edge.errors import BackendError, DapoEdgeError, DependencyMissing, GateError, PackageIncompatible, RecipeError
 from dapo_edge.kernels.compile import Cubin, source_digest
 from dapo_edge.package import REFERENCE, EnginePackage
 
@@ -74,7 +75,7 @@ def test_every_tensorrt_makes_a_target_that_loads(
         "encoder.plan", "kernels.cubin", "timing.cache", "target.json",
     }  # fmt: skip
     assert list(dict.fromkeys(step.partition(":")[0] for step in steps)) == [
-        "compiling the kernels", "preparing the encoder", "building the plan", "accuracy gate", "writing the target",
+        "compiling the kernels", "preparing the encoder", "building the plan", "accuracy gate", "checking the kernels", "writing the target",
     ]  # fmt: skip
     assert (gpu.live, gpu.objects) == ({}, {})
     EnginePackage.open(opened.path)  # the package itself is what it was
@@ -118,12 +119,36 @@ def test_a_wrong_plan_never_becomes_a_target(
             if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) == 2:
                 values = onnx.numpy_helper.to_array(tensor)
                 tensor.CopyFrom(onnx.numpy_helper.from_array(values[::-1].copy(), tensor.name))
-        return type(honest(model))(content.SerializeToString(), "fp32", (), 0, 0)
+        return replace(honest(model), model=content.SerializeToString())
 
     monkeypatch.setattr(flavours, "fp32_flavour", damaged)
     with pytest.raises(GateError, match=r"the plan in fp32 failed the accuracy gate.*No target was written"):
         compile_package(opened)
     assert {path: path.read_bytes() for path in opened.path.rglob("*") if path.is_file()} == before
+
+
+def test_kernels_that_misread_a_camera_never_become_a_target(
+    opened: EnginePackage, machine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gate's own views are BGR and of the encoder's size: they would not show it."""
+    from dapo_edge.kernels import launch
+
+    monkeypatch.setattr(launch, "FORMATS", ("BGR8", "RGB8", "BayerRG8", "GRAY8", "NV12"))
+    with pytest.raises(GateError, match=r"the preprocess kernel is off by .* for GRAY8 1280 x 720 px"):
+        compile_package(opened)
+    assert not (opened.path / "targets").exists()
+
+
+def test_a_bad_key_shows_before_minutes_are_spent(
+    opened: EnginePackage, machine: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "short").write_bytes(b"31 bytes")
+    (tmp_path / "short").chmod(0o600)
+    monkeypatch.setenv("DAPO_EDGE_DEVICE_KEY", str(tmp_path / "short"))
+    steps: list[str] = []
+    with pytest.raises(DapoEdgeError, match="key"):
+        compile_package(opened, on_progress=lambda step, done, of: steps.append(step))
+    assert steps == []
 
 
 def test_interrupted_builds_leave_nothing(opened: EnginePackage, machine: Any, gpu: FakeGpu) -> None:
@@ -149,7 +174,7 @@ def test_unfused_attention_is_told(opened: EnginePackage, machine: Any, caplog: 
     with caplog.at_level(logging.WARNING):
         target = compile_package(opened).target
     if target.attention.known and target.attention.fused < target.attention.of:
-        assert "attention fused: 0/5; the others are several times slower" in caplog.text
+        assert "attention fused: 0/5; a block that is not runs several times slower: --precision fp16" in caplog.text
     else:
         assert "does not tell" in caplog.text
 

@@ -154,6 +154,29 @@ def test_what_was_compiled_is_kept(
     assert compile_kernels("sm_87", compiler, folder=folder).source_sha256 != first.source_sha256
 
 
+def test_what_was_compiled_needs_no_compiler_any_more(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DAPO_EDGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(compiling, "find_compilers", lambda: (NVCC_124,))
+    monkeypatch.setattr(compiling, "_build_nvcc", lambda *_: (b"cubin", "small.cu(5): warning #177: not used"))
+    first = compile_kernels("sm_87", driver_cuda=(12, 6), folder=folder)
+    assert (first.toolkit, first.warnings) == ("nvcc 12.4", ("small.cu(5): warning #177: not used",))
+    assert caplog.messages == ["nvcc 12.4, for sm_87: small.cu(5): warning #177: not used"]
+    monkeypatch.setattr(compiling, "find_compilers", lambda: ())
+    for driver in ((12, 6), (12, 2), (12, 9)):  # one major version
+        assert compile_kernels("sm_87", driver_cuda=driver, folder=folder) == first
+    assert len(caplog.messages) == 1, "said once, when it was compiled"
+    for sm, driver in (("sm_87", (13, 0)), ("sm_86", (12, 6)), ("sm_87", None)):
+        with pytest.raises(DependencyMissing):
+            compile_kernels(sm, driver_cuda=driver, folder=folder)
+    with pytest.raises(DependencyMissing):
+        compile_kernels("sm_87", driver_cuda=(12, 6), folder=folder, use_cache=False)
+    (folder / "small.cu").write_text(SMALL.replace("*=", "+="))
+    with pytest.raises(DependencyMissing):
+        compile_kernels("sm_87", driver_cuda=(12, 6), folder=folder)
+
+
 def test_a_folder_without_sources(compilers: tuple[Compiler, ...], tmp_path: Path) -> None:
     with pytest.raises(BackendError, match=r"no CUDA sources in .*Install dapo-edge again"):
         compile_kernels("sm_87", Compiler("nvcc", (12, 6), "nvcc", ("sm_87",)), folder=tmp_path)
@@ -191,6 +214,9 @@ NVCC_124 = Compiler("nvcc", (12, 4), "/b/nvcc", ("sm_72", "sm_87"))
         ((NVCC_124, NVRTC_126), "sm_87", (12, 8), NVRTC_126),
         ((NVCC_13, NVRTC_126), "sm_72", (13, 0), NVRTC_126),
         ((NVCC_124, NVRTC_13), "sm_110", (13, 2), NVRTC_13),
+        ((NVCC_13, NVRTC_126), "sm_87", (12, 4), NVRTC_126),
+        ((NVRTC_126, NVCC_124), "sm_87", (12, 2), NVCC_124),
+        ((NVRTC_126, NVCC_124), "sm_87", (12, 4), NVCC_124),
     ],
 )
 def test_the_compiler_fits_gpu_and_driver(
@@ -205,7 +231,7 @@ def test_the_compiler_fits_gpu_and_driver(
     [
         ((), None, None, DependencyMissing, r"neither nvcc nor NVRTC.*CUDA_HOME, or pip install NVRTC"),
         ((), "sm_87", (12, 6), DependencyMissing, r"pip install 'nvidia-cuda-nvrtc-cu12==12\.6\.\*'"),
-        ((NVCC_13,), "sm_87", (12, 6), BackendError, r"CUDA 12\.6 at most, .*newer: nvcc 13\.0 .*-cu12==12\.6"),
+        ((NVCC_13,), "sm_87", (12, 6), BackendError, r"CUDA 12\.6, .*newer major .*: nvcc 13\.0 .*-cu12==12\.6"),
         ((NVCC_124,), "sm_110", (13, 0), BackendError, r"knows sm_110: nvcc 12\.4.*'nvidia-cuda-nvrtc==13\.0\.\*'"),
         ((NVCC_124,), "../x", None, BackendError, r"knows \.\./x"),
     ],
@@ -215,7 +241,7 @@ def test_no_fitting_compiler_is_said(
 ) -> None:
     monkeypatch.setattr(compiling, "find_compilers", lambda: found)
     with pytest.raises(error, match=message):
-        compile_kernels(sm or "sm_87", driver_cuda=driver)
+        compile_kernels(sm or "sm_87", driver_cuda=driver, use_cache=False)
 
 
 def script(path: Path, text: str) -> Path:

@@ -142,6 +142,49 @@ def test_bytes_that_do_not_fit_are_refused(fields: dict[str, Any], message: str)
         PixelView(**{**right, **fields})
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"crop": (0.0, 0.0, 5.0, 5.0)},
+        {"crop": (0, 0, 5)},
+        {"crop": "abcd"},
+        {"width": "10"},
+        {"width": None},
+        {"height": 20.0},
+        {"format": 3},
+        {"format": None},
+    ],
+)
+def test_what_are_no_pixels_is_refused(fields: dict[str, Any]) -> None:
+    right: dict[str, Any] = {"data": random_bytes(20, 30), "format": "BGR8", "width": 10, "height": 20, "crop": None}
+    with pytest.raises(FrameError, match="whole numbers of pixels|unknown pixel format"):
+        PixelView(**{**right, **fields})
+
+
+def test_numbers_of_any_kind_become_plain_ones() -> None:
+    data = random_bytes(20, 30)
+    view = PixelView(data, "BGR8", np.uint8(10), np.int16(20), np.array([1, 2, 3, 4]))  # type: ignore[arg-type]
+    assert (view.width, view.height, view.crop) == (10, 20, (1, 2, 3, 4))
+    assert all(type(number) is int for number in (view.width, view.height, *view.window))
+    assert PixelView(data, "BGR8", 10, 20, [1, 2, 3, 4]).crop == (1, 2, 3, 4)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("pixel_format", FORMATS)
+@pytest.mark.parametrize(
+    "crop", [(0, 0, 9, 8), (1, 0, 8, 9), (5, 3, 7, 6), (14, 12, 7, 7), (0, 0, 21, 19), (20, 18, 1, 1)]
+)
+def test_a_trimmed_view_shows_the_same(pixel_format: PixelFormat, crop: tuple[int, int, int, int]) -> None:
+    rows = 19 + (10 if pixel_format == "NV12" else 0)
+    data = random_bytes(rows, 3 * 21 + 4)
+    view = PixelView(data, pixel_format, 21, 19, crop)
+    small = view.trimmed()
+    np.testing.assert_array_equal(small.rgb(), view.rgb())
+    assert small.shape == view.shape
+    assert small.trimmed().data.nbytes <= small.data.nbytes <= data.nbytes
+    if crop[2:] == (7, 6):
+        assert small.data.nbytes <= {"BGR8": 126, "RGB8": 126, "GRAY8": 42, "BayerRG8": 90, "NV12": 120}[pixel_format]
+
+
 @pytest.mark.parametrize(("width", "height", "size"), [(61, 53, 48), (192, 108, 224), (64, 64, 64), (300, 200, 32)])
 def test_preprocessing_is_pillows(width: int, height: int, size: int) -> None:
     rgb = random_bytes(height, 3 * width).reshape(height, width, 3)
