@@ -157,7 +157,7 @@ def test_bytes_that_do_not_fit_are_refused(fields: dict[str, Any], message: str)
 )
 def test_what_are_no_pixels_is_refused(fields: dict[str, Any]) -> None:
     right: dict[str, Any] = {"data": random_bytes(20, 30), "format": "BGR8", "width": 10, "height": 20, "crop": None}
-    with pytest.raises(FrameError, match="whole numbers of pixels|unknown pixel format"):
+    with pytest.raises(FrameError, match=r"whole numbers of pixels|unknown pixel format"):
         PixelView(**{**right, **fields})
 
 
