@@ -74,9 +74,9 @@ def test_every_tensorrt_makes_a_target_that_loads(
     assert {path.name for path in compiled.folder.iterdir()} == {
         "encoder.plan", "kernels.cubin", "timing.cache", "target.json",
     }  # fmt: skip
-    assert list(dict.fromkeys(step.partition(":")[0] for step in steps)) == [
-        "compiling the kernels", "preparing the encoder", "building the plan", "accuracy gate", "checking the kernels", "writing the target",
-    ]  # fmt: skip
+    told = list(dict.fromkeys(step.partition(":")[0] for step in steps))
+    assert told[:3] == ["compiling the kernels", "preparing the encoder", "building the plan"]
+    assert told[3:] == ["accuracy gate", "checking the kernels", "writing the target"]
     assert (gpu.live, gpu.objects) == ({}, {})
     EnginePackage.open(opened.path)  # the package itself is what it was
     with (
