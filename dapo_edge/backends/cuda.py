@@ -98,7 +98,7 @@ class Cuda:
             problem = device.driver_problem()
             raise BackendError(
                 f"no GPU can be used: {problem}" if problem else "there is no CUDA driver on this machine, or no GPU",
-                "Run with --backend openvino, or see what is missing: dapo-edge doctor",
+                "A CPU runs packages without it (--backend openvino); see what is missing: dapo-edge doctor",
             )
         if tuple(int(part) for part in found[0].driver_cuda.split(".")) < OLDEST_DRIVER:
             raise BackendError(

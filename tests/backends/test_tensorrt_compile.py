@@ -271,7 +271,7 @@ def test_without_a_gpu_the_command_says_so(package_copy: Path) -> None:
     command = [sys.executable, "-m", "dapo_edge", "compile", str(package_copy)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    assert result.stderr.startswith("error: there is no CUDA driver on this machine, or no GPU. Run with --backend")
+    assert result.stderr.startswith("error: there is no CUDA driver on this machine, or no GPU. A CPU runs")
     assert not (package_copy / "targets").exists()
 
 
