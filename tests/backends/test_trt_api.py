@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import fake_tensorrt
@@ -221,6 +222,15 @@ def interrupt_after(seconds: float) -> threading.Timer:
     return timer
 
 
+@pytest.fixture
+def listens() -> Iterator[None]:
+    """A run that was started in the background of a script ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("listens")
 def test_ctrl_c_cancels_at_the_next_step(fake_10: Any) -> None:
     fake_10.control.steps, fake_10.control.step_s = 200, 0.05
     trt, started = load(), time.monotonic()
@@ -235,6 +245,7 @@ def test_ctrl_c_cancels_at_the_next_step(fake_10: Any) -> None:
     assert build_plan(trt, tiny_onnx(), BuildOptions("fp32")).plan, "the next build is not cancelled"
 
 
+@pytest.mark.usefixtures("listens")
 def test_ctrl_c_where_builds_cannot_be_cancelled(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
