@@ -110,7 +110,7 @@ def launches(backend: TensorRtBackend, effort: Effort) -> dict[str, Any] | None:
     if path._graph is None:
         return None
     values = []
-    with backend._active():
+    with backend._cuda.active():
         for _ in range(effort.samples):
             backend._cuda.synchronise()
             started = time.perf_counter()

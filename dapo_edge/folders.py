@@ -7,6 +7,7 @@ import ctypes
 import errno
 import fcntl
 import glob
+import hashlib
 import os
 import secrets
 import shutil
@@ -146,6 +147,14 @@ def open_file(path: Path) -> BinaryIO:
         file.close()
         raise NotAFile(path)
     return file
+
+
+def sha256_of(file: BinaryIO) -> str:
+    """Of what is left to read of an open file, in small pieces: some hold gigabytes."""
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 def _remove_if_empty(folder: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from dapo_edge.errors import DapoEdgeError, OutputError, PackageDamaged, PackageError, PackageIncompatible, RecipeError
-from dapo_edge.folders import FolderWriter
+from dapo_edge.folders import FolderWriter, sha256_of
 from dapo_edge.kernels.map_spec import MapSize, MapSpec, check_map_size
 from dapo_edge.prompt_bank import PromptBank
 from dapo_edge.reference_data import ReferenceData
@@ -286,11 +286,8 @@ def _verify(path: Path, entry: FileEntry) -> None:
 
 
 def _entry(path: Path) -> FileEntry:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return FileEntry(sha256=digest.hexdigest(), size=path.stat().st_size)
+        return FileEntry(sha256=sha256_of(file), size=path.stat().st_size)
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
@@ -25,7 +25,7 @@ from dapo_edge import seal
 from dapo_edge.errors import OutputError, PackageDamaged, PackageError, PackageIncompatible
 from dapo_edge.fingerprint import Fingerprint, missing_here
 from dapo_edge.fingerprint import fingerprint_here as fingerprint_here
-from dapo_edge.folders import FolderWriter, open_file
+from dapo_edge.folders import FolderWriter, open_file, sha256_of
 from dapo_edge.package import ENCODER, MANIFEST, REFERENCE, EnginePackage, FileEntry, _entry
 
 FORMAT = 1
@@ -293,7 +293,7 @@ def _judge_files(folder: Path, judgement: Judgement, target: Target) -> Judgemen
                 size = os.fstat(file.fileno()).st_size
                 if size != entry.size:
                     reason = f"'{path}' has {size} bytes instead of {entry.size}: it was truncated or edited"
-                elif _sha256(file) != entry.sha256:
+                elif sha256_of(file) != entry.sha256:
                     reason = f"'{path}' is not the file that was compiled: its SHA-256 differs"
                 else:
                     continue
@@ -303,13 +303,6 @@ def _judge_files(folder: Path, judgement: Judgement, target: Target) -> Judgemen
             reason = f"'{path}' can't be read ({error.strerror})"
         return replace(judgement, verdict="refuse", reason=reason)
     return judgement
-
-
-def _sha256(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def _folders(package: EnginePackage) -> list[Path]:

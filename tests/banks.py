@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from dapo_edge.backends.openvino import OpenVinoBackend
+from dapo_edge.package import EnginePackage
 from dapo_edge.prompt_bank import PromptBank
 
 
@@ -14,6 +16,14 @@ def contrasting_bank(names: tuple[str, ...], tokens: NDArray[np.float32]) -> Pro
     picked = np.random.default_rng(2).choice(len(patches), len(names), replace=False)
     rows = patches[picked] - patches.mean(axis=0)
     return PromptBank(names, rows / np.linalg.norm(rows, axis=1, keepdims=True))
+
+
+def sharp_bank(package: EnginePackage) -> PromptBank:
+    """A bank for a package, around the tokens of one random picture."""
+    rng = np.random.default_rng(2)
+    with OpenVinoBackend.open(package, map_size="model") as backend:
+        tokens, _ = backend.encode([rng.integers(0, 256, (96, 96, 3), np.uint8)])
+    return contrasting_bank(package.bank().names, tokens)
 
 
 def has_fast_type() -> bool:

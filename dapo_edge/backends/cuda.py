@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
-import logging
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,8 +30,6 @@ _EXTERNAL = 1  # CU_EVENT_RECORD_EXTERNAL: inside a graph the event is recorded 
 OLDEST_DRIVER = (11, 4)  # has cuGraphInstantiateWithFlags
 
 _LOST = "The GPU's context may be lost: start the process again; if it comes back, look at dmesg and the GPU's health"
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)

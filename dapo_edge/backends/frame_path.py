@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dapo_edge.backends.base import View
+from dapo_edge.backends.buffers import Buffers
 from dapo_edge.backends.cuda import DeviceBuffer, Event, Graph, PinnedBuffer
 from dapo_edge.backends.view_input import SCRAMBLED, Shared, ViewInput, ViewShape
 from dapo_edge.errors import BackendError
@@ -50,9 +51,8 @@ class FramePath:
         self._spec: MapSpec = shared.manifest.map
         self._graph: Graph | None = None
         self._with_graph = with_graph
-        self._owned: list[DeviceBuffer] = []
-        self._outputs: list[DeviceBuffer] = []  # those of `_owned` that the work writes
-        self._pinned: list[PinnedBuffer] = []
+        self._buffers = Buffers(shared.cuda)
+        self._outputs: list[DeviceBuffer] = []  # those that the work writes
         self._events: list[Event] = []
         self.view_input = ViewInput(shared, shapes)
         try:
@@ -65,8 +65,7 @@ class FramePath:
     @property
     def nbytes(self) -> int:
         """Memory that it holds, of host and GPU."""
-        own = sum(held.nbytes for held in self._owned) + sum(held.nbytes for held in self._pinned)
-        return self.view_input.nbytes + own
+        return self.view_input.nbytes + self._buffers.nbytes
 
     def run(self, views: Sequence[View], channels: int) -> MapResult:
         """Inspect one batch. The first one runs plainly, then is captured and repeated, and both must agree."""
@@ -106,7 +105,7 @@ class FramePath:
         self.view_input.scramble()
         for buffer in (shared.tokens, shared.embedding, shared.probs, *self._outputs):
             shared.cuda.clear(buffer, SCRAMBLED)
-        for pinned in (*self._pinned, shared.host_embedding, shared.host_probs):
+        for pinned in (*self._buffers.pinned, shared.host_embedding, shared.host_probs):
             pinned.array[:] = 0xFF
 
     def close(self) -> None:
@@ -116,13 +115,8 @@ class FramePath:
             self._graph = None
         for event in self._events:
             self._shared.cuda.drop_event(event)
-        for buffer in self._owned:
-            self._shared.cuda.free(buffer)
-        for pinned in self._pinned:
-            self._shared.cuda.unpin(pinned)
         self._events.clear()
-        self._owned.clear()
-        self._pinned.clear()
+        self._buffers.close()
         self.view_input.close()
 
     def _prepare_map(self, map_size: tuple[int, int]) -> None:
@@ -146,13 +140,14 @@ class FramePath:
             eighths=manifest.dimensions // 8,
             width=launch.bank_width(manifest.dimensions) // 8,
         )
+        constant = self._buffers.constant
         self._map_job = launch.MapJob(
             probs=shared.probs.address,
             bank=shared.bank.address,
-            row_starts=self._constant(tables.row_starts),
-            row_weights=self._constant(tables.row_weights),
-            group_starts=self._constant(tables.group_starts),
-            group_weights=self._constant(tables.group_weights),
+            row_starts=constant(tables.row_starts, "map tables"),
+            row_weights=constant(tables.row_weights, "map tables"),
+            group_starts=constant(tables.group_starts, "map tables"),
+            group_weights=constant(tables.group_weights, "map tables"),
             anomaly_half=self._anomaly.address,
             types=self._types.address,
             peaks=self._peaks.address,
@@ -217,17 +212,9 @@ class FramePath:
         return {stage: after.ms_since(before) for stage, before, after in pairs}
 
     def _output(self, nbytes: int) -> tuple[DeviceBuffer, PinnedBuffer]:
-        buffer = self._shared.cuda.allocate(nbytes, "maps")
-        self._owned.append(buffer)
+        buffer = self._buffers.allocate(nbytes, "maps")
         self._outputs.append(buffer)
-        pinned = self._shared.cuda.pinned(nbytes)
-        self._pinned.append(pinned)
-        return buffer, pinned
-
-    def _constant(self, array: NDArray[np.generic]) -> int:
-        buffer = self._shared.cuda.constant(array, "map tables")
-        self._owned.append(buffer)
-        return buffer.address
+        return buffer, self._buffers.pin(nbytes)
 
 
 def _typed(pinned: PinnedBuffer, dtype: type, shape: tuple[int, ...]) -> NDArray[Any]:

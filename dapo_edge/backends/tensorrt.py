@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,8 @@ from typing_extensions import Self
 from dapo_edge import targets
 from dapo_edge.backends import trt_api
 from dapo_edge.backends.base import MapBatch, MapSize, View, check_bank, map_pixels
-from dapo_edge.backends.cuda import Cuda, Kernels
+from dapo_edge.backends.buffers import Buffers
+from dapo_edge.backends.cuda import Cuda, Kernels, PinnedBuffer
 from dapo_edge.backends.frame_path import STAGES, FramePath, MapResult
 from dapo_edge.backends.view_input import Shared, ViewInput, ViewShape
 from dapo_edge.errors import BackendError, PackageDamaged, RecipeError
@@ -88,7 +89,7 @@ class TensorRtBackend:
         manifest, bank = self._manifest, self.bank
         views = _trimmed(views)
         size = map_pixels(self._map_size, manifest.image_size, views)
-        with self._active():
+        with self._cuda.active():
             results = [self._path(chunk, size).run(chunk, len(bank.names)) for chunk in _chunks(views, manifest.batch)]
         embedding = np.concatenate([result.embedding for result in results])
         return MapBatch(
@@ -105,35 +106,26 @@ class TensorRtBackend:
 
     def encode(self, views: Sequence[View]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Patch tokens [B, L, N, D] and image embeddings [B, D], the caller's own: what the accuracy gate compares."""
-        with self._active():
+        with self._cuda.active():
             parts = [self._encode_chunk(chunk) for chunk in _chunks(_trimmed(views), self._manifest.batch)]
         return np.concatenate([tokens for tokens, _ in parts]), np.concatenate([row for _, row in parts])
 
     def preprocessed(self, views: Sequence[View]) -> NDArray[np.float32]:
         """What the encoder is given for a batch of views at most, [B, 3, S, S]: what the kernels' check compares."""
-        shared, manifest = self._shared, self._manifest
+        manifest, shared = self._manifest, self._shared
         shape = (manifest.batch, 3, manifest.image_size, manifest.image_size)
-        with self._active():
-            host = self._cuda.pinned(shared.images.nbytes)
-            view_input = ViewInput(shared, tuple(ViewShape.of(view) for view in views))
-            try:
-                view_input.fill(views)
-                view_input.upload()
-                view_input.preprocess()
-                self._cuda.download(host.array, shared.images.address)
-                self._cuda.synchronise()
-                images = host.array.view(np.float16 if shared.images_are_half else np.float32).reshape(shape)
-                return images[: len(views)].astype(np.float32)
-            finally:
-                view_input.close()
-                self._cuda.unpin(host)
+        with self._cuda.active(), self._prepared(views, shared.images.nbytes) as host:
+            self._cuda.download(host.array, shared.images.address)
+            self._cuda.synchronise()
+            images = host.array.view(np.float16 if shared.images_are_half else np.float32).reshape(shape)
+            return images[: len(views)].astype(np.float32)
 
     def set_bank(self, bank: PromptBank) -> None:
         """Use another bank from the next call on. Graphs read it from where it always lies: none is captured again."""
         check_bank(bank, self._manifest.dimensions)
         check_limits(self._manifest, bank)
         content = launch.bank_bytes(bank.rows, self._manifest.map.temperature)
-        with self._active():
+        with self._cuda.active():
             self._host_bank.array[: len(content)] = np.frombuffer(content, np.uint8)
             self._cuda.upload(self._shared.bank.address, self._host_bank.array)
             self._cuda.synchronise()
@@ -157,9 +149,6 @@ class TensorRtBackend:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _active(self) -> contextlib.AbstractContextManager[None]:
-        return self._cuda.active()
-
     def _path(self, views: Sequence[View], map_size: tuple[int, int]) -> FramePath:
         """The buffers and the graph for such a batch; those that were not used for longest make room."""
         shapes = tuple(ViewShape.of(view) for view in views)
@@ -182,13 +171,7 @@ class TensorRtBackend:
 
     def _encode_chunk(self, views: Sequence[View]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         shared, manifest, count = self._shared, self._manifest, len(views)
-        host_tokens = self._cuda.pinned(shared.tokens.nbytes)
-        view_input = None
-        try:
-            view_input = ViewInput(shared, tuple(ViewShape.of(view) for view in views))
-            view_input.fill(views)
-            view_input.upload()
-            view_input.preprocess()
+        with self._prepared(views, shared.tokens.nbytes) as host_tokens:
             shared.engine.enqueue(self._cuda.stream_handle)
             self._cuda.download(host_tokens.array, shared.tokens.address)
             self._cuda.download(shared.host_embedding.array, shared.embedding.address)
@@ -196,10 +179,20 @@ class TensorRtBackend:
             tokens = host_tokens.array.view(np.float16).reshape(manifest.batch, *_token_shape(manifest))
             embedding = shared.host_embedding.array.view(np.float32).reshape(manifest.batch, manifest.dimensions)
             return tokens[:count].astype(np.float32), embedding[:count].copy()
-        finally:
-            if view_input:
-                view_input.close()
-            self._cuda.unpin(host_tokens)
+
+    @contextlib.contextmanager
+    def _prepared(self, views: Sequence[View], nbytes: int) -> Iterator[PinnedBuffer]:
+        """The encoder's input holds the views; for what comes of them, `nbytes` of host memory for a while."""
+        with contextlib.ExitStack() as held:
+            buffers = Buffers(self._cuda)
+            held.callback(buffers.close)
+            host = buffers.pin(nbytes)
+            view_input = ViewInput(self._shared, tuple(ViewShape.of(view) for view in views))
+            held.callback(view_input.close)
+            view_input.fill(views)
+            view_input.upload()
+            view_input.preprocess()
+            yield host
 
     def _scores(
         self, results: Sequence[MapResult], embedding: NDArray[np.float32], bank: PromptBank

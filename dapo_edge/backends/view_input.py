@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from dapo_edge.backends.base import View
+from dapo_edge.backends.buffers import Buffers
 from dapo_edge.backends.cuda import Cuda, DeviceBuffer, Kernels, PinnedBuffer
 from dapo_edge.backends.trt_api import Engine
 from dapo_edge.kernels import launch
@@ -71,8 +69,7 @@ class ViewInput:
 
     def __init__(self, shared: Shared, shapes: tuple[ViewShape, ...]) -> None:
         self._shared, self.shapes = shared, shapes
-        self._owned: list[DeviceBuffer] = []
-        self._pinned: list[PinnedBuffer] = []
+        self._buffers = Buffers(shared.cuda)
         self._zero_copy = shared.cuda.gpu.integrated  # one memory for both
         self._frames: list[DeviceBuffer] = []
         self._views: Any = None
@@ -85,17 +82,18 @@ class ViewInput:
     @property
     def nbytes(self) -> int:
         """Memory that it holds, of host and GPU."""
-        return sum(held.nbytes for held in self._owned) + sum(held.nbytes for held in self._pinned)
+        return self._buffers.nbytes
 
     def _prepare_views(self) -> None:
-        shared, shapes, cuda = self._shared, self.shapes, self._shared.cuda
+        shared, shapes = self._shared, self.shapes
         # Each frame's bytes, and last where the crops lie.
         views_bytes = ctypes.sizeof(launch.ViewJob) * len(shapes)
         for nbytes in (*(shape.rows * shape.pitch for shape in shapes), views_bytes):
-            self._pinned.append(cuda.pinned(nbytes))
+            self._buffers.pin(nbytes)
+        pinned = self._buffers.pinned
         if not self._zero_copy:
-            self._frames += [self._own(pinned.nbytes, "frames") for pinned in self._pinned]
-        self._places = [buffer.address for buffer in self._frames] or [pinned.device_address for pinned in self._pinned]
+            self._frames += [self._buffers.allocate(staging.nbytes, "frames") for staging in pinned]
+        self._places = [buffer.address for buffer in self._frames] or [staging.device_address for staging in pinned]
         tables = self._fill_tables()
         preprocessing = shared.manifest.preprocessing
         self._job = launch.PreprocessJob(
@@ -108,13 +106,17 @@ class ViewInput:
     def _fill_tables(self) -> list[TapTable]:
         """Describe the views in pinned memory, upload their tap tables once; returns the tables of the columns."""
         on_device: dict[TapTable, tuple[int, int]] = {}
+        constant = self._buffers.constant
 
         def uploaded(table: TapTable) -> tuple[int, int]:
             if table not in on_device:
-                on_device[table] = (self._constant(table.starts), self._constant(table.weights))
+                on_device[table] = (
+                    constant(table.starts, "resampling tables"),
+                    constant(table.weights, "resampling tables"),
+                )
             return on_device[table]
 
-        self._views = (launch.ViewJob * len(self.shapes)).from_buffer(self._pinned[-1].array.data)
+        self._views = (launch.ViewJob * len(self.shapes)).from_buffer(self._buffers.pinned[-1].array.data)
         tables = []
         for place, shape in enumerate(self.shapes):
             window = (0, 0, shape.across, shape.down)
@@ -131,7 +133,7 @@ class ViewInput:
     def fill(self, views: Sequence[View]) -> None:
         """Copy the views into pinned memory."""
         for place, (shape, view) in enumerate(zip(self.shapes, views, strict=True)):
-            target = self._pinned[place].array[: shape.rows * shape.pitch]
+            target = self._buffers.pinned[place].array[: shape.rows * shape.pitch]
             if isinstance(view, PixelView):
                 target.reshape(shape.rows, shape.pitch)[...] = view.data
                 self._views[place].left, self._views[place].top = view.window[:2]
@@ -140,7 +142,7 @@ class ViewInput:
 
     def upload(self) -> None:
         """Pinned memory to the GPU, in stream order."""
-        for pinned, buffer in zip(self._pinned, self._frames, strict=False):  # there are none without a copy
+        for pinned, buffer in zip(self._buffers.pinned, self._frames, strict=False):  # there are none without a copy
             self._shared.cuda.upload(buffer.address, pinned.array)
 
     def scramble(self) -> None:
@@ -155,19 +157,4 @@ class ViewInput:
     def close(self) -> None:
         """Free the buffers."""
         self._views = None
-        for buffer in self._owned:
-            self._shared.cuda.free(buffer)
-        for pinned in self._pinned:
-            self._shared.cuda.unpin(pinned)
-        self._owned.clear()
-        self._pinned.clear()
-
-    def _own(self, nbytes: int, purpose: str) -> DeviceBuffer:
-        buffer = self._shared.cuda.allocate(nbytes, purpose)
-        self._owned.append(buffer)
-        return buffer
-
-    def _constant(self, array: NDArray[np.generic]) -> int:
-        buffer = self._shared.cuda.constant(array, "resampling tables")
-        self._owned.append(buffer)
-        return buffer.address
+        self._buffers.close()

@@ -22,6 +22,8 @@ import pytest
 from driver_fakes import H200, FakeLibcuda, use
 from host_kernels import shipped_module
 
+from dapo_edge.kernels.compile import Cubin, source_digest
+
 CUBIN = b"\x7fELF of a GPU that isn't there"
 STREAM_HANDLE = 0x7F00_0000_1234  # does not fit into a C int: who forgets a c_void_p is found out
 
@@ -135,6 +137,13 @@ class FakeGpu(FakeLibcuda):
 
     def _cuEventDestroy_v2(self, event: ctypes.c_void_p) -> None:
         del self.objects[event.value]
+
+
+def compile_in_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where kernels would be compiled for the GPU, g++ has them ready: a cubin in name only."""
+    cubin = Cubin(CUBIN, "sm_90", "nvcc 12.6", source_digest(), {}, ())
+    for module in ("tensorrt", "tensorrt_compile"):
+        monkeypatch.setattr(f"dapo_edge.backends.{module}.compile_kernels", lambda *_, **__: cubin)
 
 
 def install(monkeypatch: pytest.MonkeyPatch, gpu: FakeGpu, tensorrt_major: int = 10) -> ModuleType:

@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import fake_cuda
-import numpy as np
 import pytest
-from banks import contrasting_bank
+from banks import sharp_bank
 from fake_cuda import FakeGpu
 
-from dapo_edge.backends.openvino import OpenVinoBackend
 from dapo_edge.backends.tensorrt import TensorRtBackend
 from dapo_edge.backends.tensorrt_compile import compile_package
-from dapo_edge.kernels.compile import Cubin, source_digest
 from dapo_edge.package import EnginePackage
 from dapo_edge.prompt_bank import PromptBank
 
@@ -29,9 +26,7 @@ def fake_gpu() -> FakeGpu:
 @pytest.fixture
 def tensorrt(fake_gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The fake tensorrt of a machine with the fake GPU; kernels are compiled in name only."""
-    cubin = Cubin(fake_cuda.CUBIN, "sm_90", "nvcc 12.6", source_digest(), {}, ())
-    monkeypatch.setattr("dapo_edge.backends.tensorrt_compile.compile_kernels", lambda *_, **__: cubin)
-    monkeypatch.setattr("dapo_edge.backends.tensorrt.compile_kernels", lambda *_, **__: cubin)
+    fake_cuda.compile_in_name(monkeypatch)
     return fake_cuda.install(monkeypatch, fake_gpu)
 
 
@@ -40,8 +35,7 @@ def compiled_path(package: EnginePackage, tmp_path_factory: pytest.TempPathFacto
     """The shared package, compiled in fp32 and fp16 for the fake GPU; not to be changed."""
     path = Path(shutil.copytree(package.path, tmp_path_factory.mktemp("compiled") / "tiny.dapo"))
     with pytest.MonkeyPatch.context() as monkeypatch:
-        cubin = Cubin(fake_cuda.CUBIN, "sm_90", "nvcc 12.6", source_digest(), {}, ())
-        monkeypatch.setattr("dapo_edge.backends.tensorrt_compile.compile_kernels", lambda *_, **__: cubin)
+        fake_cuda.compile_in_name(monkeypatch)
         fake_cuda.install(monkeypatch, FakeGpu())
         for precision in ("fp32", "fp16"):
             compile_package(EnginePackage.open(path), precision=precision)
@@ -55,10 +49,7 @@ def compiled(compiled_path: Path, tensorrt: Any) -> EnginePackage:
 
 @pytest.fixture(scope="module")
 def sharp(package: EnginePackage) -> PromptBank:
-    rng = np.random.default_rng(2)
-    with OpenVinoBackend.open(package, map_size="model") as backend:
-        tokens, _ = backend.encode([rng.integers(0, 256, (96, 96, 3), np.uint8)])
-    return contrasting_bank(package.bank().names, tokens)
+    return sharp_bank(package)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from banks import contrasting_bank, has_fast_type
+from banks import has_fast_type, sharp_bank
 
 from dapo_edge import Inspector, cache, open_source
 from dapo_edge.backends.base import backend_class
@@ -23,10 +23,7 @@ from dapo_edge.runtime.pipeline import Statistics, inspect_stream
 
 @pytest.fixture(scope="module")
 def sharp(package: EnginePackage) -> PromptBank:
-    rng = np.random.default_rng(2)
-    with OpenVinoBackend.open(package, map_size="model") as backend:
-        tokens, _ = backend.encode([rng.integers(0, 256, (96, 96, 3), np.uint8)])
-    return contrasting_bank(package.bank().names, tokens)
+    return sharp_bank(package)
 
 
 @pytest.mark.parametrize("map_size", ["model", "frame", (33, 70)])

@@ -26,7 +26,7 @@ from dapo_edge.backends.tensorrt_compile import RecordedBackend, compile_package
 from dapo_edge.cli import commands
 from dapo_edge.doctor import diagnose
 from dapo_edge.errors import BackendError, DapoEdgeError, DependencyMissing, GateError, PackageIncompatible, RecipeError
-from dapo_edge.kernels.compile import Cubin, source_digest
+from dapo_edge.kernels.compile import Cubin
 from dapo_edge.package import REFERENCE, EnginePackage
 
 
@@ -43,8 +43,7 @@ def gpu() -> FakeGpu:
 @pytest.fixture
 def machine(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A fake TensorRT 10; kernels are compiled in name only."""
-    cubin = Cubin(fake_cuda.CUBIN, "sm_90", "nvcc 12.6", source_digest(), {}, ())
-    monkeypatch.setattr("dapo_edge.backends.tensorrt_compile.compile_kernels", lambda *_, **__: cubin)
+    fake_cuda.compile_in_name(monkeypatch)
     return fake_cuda.install(monkeypatch, gpu)
 
 
