@@ -4,37 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
-from dapo_edge.errors import RecipeError, did_you_mean
+from dapo_edge.errors import RecipeError
 from dapo_edge.kernels.map_spec import MAX_MAP_SIDE_PX, MapSize, ScoreRule
+from dapo_edge.sections import Section, parse_section, read_yaml
 from dapo_edge.structures import NORMAL
 
-Precision = Literal["fp32", "fp16"]
-MAX_RECIPE_BYTES = 1_000_000
+Precision = Literal["fp32", "fp16", "int8", "auto"]
+Estimator = Literal["max", "percentile", "entropy", "mse"]
 SYNTHETIC = "synthetic"  # as it is, or the address of a belt
 ASSETS = Path(__file__).parent / "assets"  # tuned prompts that come with the package go by their file name alone
 MAX_DEFECT_TYPES = 254  # a type map stores a channel index in 8 bits
-
-
-class Section(BaseModel):
-    """Base of every part of a recipe: no unknown key, no value that only looks like the right type."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class Backbone(Section):
@@ -149,17 +133,75 @@ class Thresholds(Section):
     false_reject_rate: float = Field(0.01, gt=0, lt=0.5, description="share of good parts that may be rejected")
 
 
-class Gate(Section):
-    """How far the compiled encoder may be from eager torch before the build fails (exit code 4)."""
+class Calibration(Section):
+    """The frames whose activations decide about INT8 scales, and how. Only for precision int8 and auto."""
 
-    frames: str = Field("synthetic", min_length=1, description="folder of frames, 'synthetic', or synthetic://...")
-    count: int = Field(8, ge=1, le=10_000)
-    max_map_difference: float = Field(0.02, gt=0, le=1, description="largest difference of any map pixel")
-    max_score_difference: float = Field(0.02, gt=0, le=1, description="largest difference of any image score")
-    max_flips: float = Field(0.005, ge=0, le=1, description="share of frames whose verdict may differ")
+    frames: str | None = Field(
+        None,
+        min_length=1,
+        description="the line's own frames: folder, video, 'synthetic' or synthetic://...; needed for int8 and auto",
+    )
+    count: int = Field(300, ge=8, le=10_000, description="frames at most; of more, a diverse subset is picked")
+    ranges: Path | None = Field(
+        None,
+        description="what dapo-edge calibrate wrote (.ranges.json): then few frames are looked at in a build",
+    )
+    estimator: Literal["auto", Estimator] = Field(
+        "auto", description="how a range is chosen from what was seen; auto = whichever changes the maps least"
+    )
+    migration: Literal["auto"] | float = Field(
+        "auto",
+        description="how far outliers move from activations into weights, 0 = not at all to 1 = wholly; auto = "
+        "whichever changes the maps least",
+    )
+    keep: tuple[str, ...] = Field(
+        (), description="blocks or Linears that stay in float: block3, block3.fc1 (qkv, out, fc1, fc2)"
+    )
+
+    @field_validator("migration")
+    @classmethod
+    def _share(cls, migration: str | float) -> str | float:
+        if not isinstance(migration, str) and not 0 <= migration <= 1:
+            raise ValueError("it must lie in 0..1, or be auto")
+        return migration
 
 
 LayoutName = Literal["folder", "csv", "mvtec_ad", "visa", "mpdd", "mad", "real_iad"]
+
+
+class Gate(Section):
+    """How far the compiled encoder may be from eager torch before the build fails (exit code 4)."""
+
+    frames: str = Field(
+        "synthetic", min_length=1, description="folder of frames or of a data set, 'synthetic', or synthetic://..."
+    )
+    layout: LayoutName | None = Field(
+        None, description="how the data set under 'frames' lies on disk; null = a plain folder without labels"
+    )
+    count: int | None = Field(
+        None, ge=1, le=10_000, description="how many frames; null = 8 in a float precision, 200 for int8 and auto"
+    )
+    max_map_difference: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="largest difference of any map pixel; null = 0.1 in a float precision, 0.3 in int8",
+    )
+    max_mean_map_difference: float = Field(0.005, gt=0, le=1, description="mean over all pixels of all frames")
+    min_type_agreement: float = Field(0.98, ge=0, le=1, description="share of pixels that must have the same type")
+    max_score_difference: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="largest difference of any image score; null = 0.1 in a float precision, 0.2 in int8",
+    )
+    max_flips: float = Field(0.005, ge=0, le=1, description="share of frames whose verdict may differ")
+    max_auroc_drop: float = Field(
+        0.005, ge=0, le=1, description="of image AUROC and pixel AUROC, where the frames have labels"
+    )
+    max_aupro_drop: float = Field(0.01, ge=0, le=1, description="of AUPRO, where the frames have labels")
+
+
 Part = Literal["context", "text_tokens", "visual_tokens", "adapters"]
 PARTS: tuple[Part, ...] = ("context", "text_tokens", "visual_tokens", "adapters")
 
@@ -226,7 +268,11 @@ class Recipe(Section):
     )
     prompts: Prompts
     map: Map = Map()
-    precision: Precision = Field("fp32", description="fp16 on a CPU means its fastest float type")
+    precision: Precision = Field(
+        "fp32",
+        description="fp16 on a CPU means its fastest float type; auto = the fastest here that passes the gate",
+    )
+    calibration: Calibration = Calibration()
     batch: int = Field(1, ge=1, le=32, description="views per engine call")
     thresholds: Thresholds = Thresholds()
     gate: Gate = Gate()
@@ -237,61 +283,16 @@ class Recipe(Section):
 def load_recipe(path: str | Path) -> Recipe:
     """Read a recipe; files that it names are taken relative to its folder. Raises `RecipeError`."""
     path = Path(path)
-    try:
-        if path.exists() and not path.is_file():
-            raise RecipeError(f"the recipe '{path}' is not a file", "Give a recipe in YAML")
-        if path.stat().st_size > MAX_RECIPE_BYTES:
-            raise RecipeError(f"the recipe '{path}' is larger than {MAX_RECIPE_BYTES} bytes", "Give a recipe in YAML")
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RecipeError(f"the recipe '{path}' can't be read ({error.strerror})", "Check the path") from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"'{path}' is not a text file", "Give a recipe in YAML, UTF-8 encoded") from error
-    try:
-        data = yaml.load(text, Loader=_RecipeLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
-        raise RecipeError(f"the recipe '{path}' is not valid YAML: {reason}", "Mend the named line") from error
-    if not isinstance(data, dict):
-        raise RecipeError(
-            f"the recipe '{path}' holds no keys", "Start from the demo recipe: dapo-edge build --print-demo-recipe"
-        )
-    return resolve_paths(parse_recipe(data, origin=str(path)), path.resolve().parent)
+    return resolve_paths(parse_recipe(read_yaml(path), origin=str(path)), path.resolve().parent)
 
 
-_OPTIONAL = ("options", "map", "thresholds", "gate", "tuning")
+_OPTIONAL = ("options", "map", "calibration", "thresholds", "gate", "tuning")
 
 
 def parse_recipe(data: dict[str, Any], origin: str = "recipe") -> Recipe:
     """Check a mapping against the recipe's schema. Raises `RecipeError` naming every mistake."""
     emptied = [key for key, value in data.items() if value is None and key in _OPTIONAL]
     return parse_section(Recipe, {key: value for key, value in data.items() if key not in emptied}, origin)
-
-
-def parse_section(model: type[Section], data: dict[str, Any], origin: str) -> Any:
-    """Check a mapping against any section; `origin` starts the error's text."""
-    try:
-        # As JSON, strict types still take a list for a tuple and a text for a path.
-        return model.model_validate_json(_as_json(data, origin))
-    except ValidationError as error:
-        found = [dict(item) for item in error.errors(include_url=False)]
-        mistakes = [_describe(model, item) for item in found if not _is_echo(item)]
-        raise RecipeError(
-            f"{origin}: {'; '.join(dict.fromkeys(mistakes))}", "See the valid keys: dapo-edge build --schema"
-        ) from error
-
-
-def _as_json(data: dict[str, Any], origin: str) -> str:
-    def path_as_text(value: Any) -> str:
-        if isinstance(value, Path):
-            return str(value)
-        raise TypeError(f"{type(value).__name__} has no place in it")
-
-    try:
-        return json.dumps(data, default=path_as_text)
-    except (TypeError, ValueError, RecursionError) as error:
-        reason = "it contains itself" if "ircular" in str(error) or isinstance(error, RecursionError) else error
-        raise RecipeError(f"{origin} can't be read: {reason}", "Use only texts, numbers, lists and keys") from error
 
 
 def resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
@@ -301,8 +302,8 @@ def resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
         return None if value is None else str(folder / os.path.expanduser(value))  # noqa: PTH111 (knows no errors)
 
     def frames(value: str | None) -> str | None:
-        is_generated = value is not None and (value == SYNTHETIC or value.startswith(f"{SYNTHETIC}://"))
-        return value if is_generated else absolute(value)
+        is_no_path = value is not None and (value == SYNTHETIC or "://" in value)
+        return value if is_no_path else absolute(value)
 
     data = recipe.model_dump(mode="json")
     backbone, prompts = data["backbone"], data["prompts"]
@@ -310,8 +311,9 @@ def resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
     if backbone["model"].endswith(".json"):
         backbone["model"] = absolute(backbone["model"])
     prompts["tuned"] = _or_bundled(absolute(prompts["tuned"]))
-    for section in ("thresholds", "gate"):
+    for section in ("thresholds", "gate", "calibration"):
         data[section]["frames"] = frames(data[section]["frames"])
+    data["calibration"]["ranges"] = absolute(data["calibration"]["ranges"])
     data["tuning"]["data"] = frames(data["tuning"]["data"])
     return parse_recipe(data)
 
@@ -334,59 +336,3 @@ def _or_bundled(path: str | Path | None) -> str | Path | None:
 def recipe_schema() -> str:
     """JSON schema of a recipe, every key described."""
     return json.dumps(Recipe.model_json_schema(), indent=2)
-
-
-class _RecipeLoader(yaml.SafeLoader):
-    """YAML as people mean it: a key stands once, a date is text, and 1e-2 is a number."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012 (an attribute of the base class)
-        first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith(":timestamp")]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [
-            key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and not key.tag.endswith(":merge")
-        ]
-        twice = {key for key in keys if keys.count(key) > 1}
-        if twice:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key {', '.join(sorted(twice))} is given twice", node.start_mark
-            )
-        return super().construct_mapping(node, deep)
-
-
-_RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def _is_echo(item: dict[str, Any]) -> bool:
-    """Whether a list only counts as too short because an item, named by itself, was refused."""
-    return item["type"] == "too_short" and len(item["input"]) > item["ctx"]["actual_length"]
-
-
-def _describe(model: type[BaseModel], item: dict[str, Any]) -> str:
-    where = ".".join(str(part) for part in item["loc"] if "[" not in str(part))  # pydantic names union members there
-    if item["type"] == "extra_forbidden":
-        valid = sorted(_fields_at(model, item["loc"][:-1]))
-        hint = did_you_mean(str(item["loc"][-1]), valid).strip() or f"Valid keys are {', '.join(valid)}"
-        return f"unknown key '{where}' ({hint[0].lower()}{hint[1:]})"
-    if item["type"] == "missing":
-        return f"the key '{where}' is missing"
-    text = item["msg"].removeprefix("Value error, ").replace("tuple", "list").replace("Tuple", "List")
-    return f"'{where}' is {item['input']!r:.60}: {text[0].lower()}{text[1:]}" if where else text
-
-
-_ITEMS: dict[int | str, type[BaseModel]] = {"defects": DefectType, "stages": Stage}  # of the lists in a recipe
-
-
-def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    for part in location:
-        field = model.model_fields.get(str(part))
-        inner = None if field is None else field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            model = inner
-        elif part in _ITEMS:
-            model = _ITEMS[str(part)]
-    return list(model.model_fields)

@@ -15,12 +15,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dapo_edge.config import DefectType, Part, Recipe, Section, parse_section
+from dapo_edge.config import DefectType, Part, Recipe
 from dapo_edge.errors import RecipeError
 from dapo_edge.models import checkpoints
 from dapo_edge.models.clip import Clip, ImageEncoder
 from dapo_edge.models.prompts import HybridPrompts, Readout
 from dapo_edge.prompt_bank import PromptBank
+from dapo_edge.sections import Section, parse_section
 from dapo_edge.structures import NORMAL
 
 

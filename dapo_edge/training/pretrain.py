@@ -27,13 +27,13 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dapo_edge.config import Section
 from dapo_edge.data import protocol
 from dapo_edge.data.protocol import surfaces_v1
 from dapo_edge.errors import DapoEdgeError, RecipeError
 from dapo_edge.files import write_atomically
 from dapo_edge.models.clip import Clip, load_clip, resize_position, run_block
 from dapo_edge.models.prompts import encode_sentences
+from dapo_edge.sections import Section
 from dapo_edge.training.views import WorldView, world_view
 
 STATE, LOG, WEIGHTS = "state.pt", "log.csv", "weights.safetensors"
