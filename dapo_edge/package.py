@@ -13,18 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dapo_edge.errors import DapoEdgeError, OutputError, PackageDamaged, PackageError, PackageIncompatible, RecipeError
 from dapo_edge.folders import FolderWriter, sha256_of
 from dapo_edge.kernels.map_spec import MapSize, MapSpec, check_map_size
 from dapo_edge.prompt_bank import PromptBank
+from dapo_edge.quantization import Quantization
 from dapo_edge.reference_data import ReferenceData
 
+Precision = Literal["fp32", "fp16", "int8"]
 FORMAT = 1
 SUFFIX = ".dapo"
 MANIFEST, ENCODER, PROMPTS = "manifest.json", "encoder.onnx", "prompts.safetensors"
 THRESHOLDS, REPORT, REFERENCE = "thresholds.json", "report.json", "reference.safetensors"
+ENCODER_INT8, QUANTIZATION = "encoder.int8.onnx", "quantization.safetensors"  # both or neither
+REPORT_PAGE = "report.html"
 _REBUILD = "Copy the package again from where it was built, or build it again: dapo-edge build RECIPE"
 
 
@@ -65,7 +69,7 @@ class Manifest(_Part):
     weights: str  # where the backbone's weights come from
     trained: bool  # False for seeded weights: such a package shows how everything runs, and decides nothing
     tuned: bool  # whether prompts and adapters were tuned
-    precision: Literal["fp32", "fp16"]
+    precision: Precision  # the package's own: what runs unless another one is asked for
     batch: int = Field(ge=1)
     image_size: int = Field(ge=1)
     feature_layers: tuple[int, ...]
@@ -87,7 +91,15 @@ class Manifest(_Part):
         missing = {ENCODER, PROMPTS, THRESHOLDS, REPORT} - files.keys()
         if missing:
             raise ValueError(f"{', '.join(sorted(missing))} does not belong to the package")
+        if (ENCODER_INT8 in files) != (QUANTIZATION in files):
+            raise ValueError(f"{ENCODER_INT8} and {QUANTIZATION} belong together")
         return files
+
+    @model_validator(mode="after")
+    def _holds_its_precision(self) -> Manifest:
+        if self.precision == "int8" and ENCODER_INT8 not in self.files:
+            raise ValueError(f"its precision is int8, but {ENCODER_INT8} does not belong to it")
+        return self
 
 
 class Threshold(_Part):
@@ -137,20 +149,36 @@ class EnginePackage:
             # A package that is being replaced at this moment looks damaged; the second look meets the new one.
             return cls(path, _verified(path))
 
-    @property
-    def encoder_path(self) -> Path:
-        """The portable encoder."""
-        return self.path / ENCODER
+    def encoder_path(self, precision: str = "fp32") -> Path:
+        """The portable encoder that runs in a precision. Raises `RecipeError` without INT8 in the package."""
+        if precision != "int8":
+            return self.path / ENCODER
+        if ENCODER_INT8 not in self.manifest.files:
+            raise RecipeError(
+                f"'{self.path}' holds no INT8 encoder", "Build it with precision: int8, or auto, in the recipe"
+            )
+        return self.path / ENCODER_INT8
 
-    def encoder_bytes(self) -> bytes:
-        """The portable encoder, read and verified in one go."""
+    def encoder_sha256(self, precision: str = "fp32") -> str:
+        """Names the portable encoder that runs in a precision. Raises `RecipeError` without INT8 in the package."""
+        return self.manifest.files[self.encoder_path(precision).name].sha256
+
+    def encoder_bytes(self, precision: str = "fp32") -> bytes:
+        """The portable encoder that runs in a precision, read and verified in one go."""
+        path = self.encoder_path(precision)
         try:
-            data = self.encoder_path.read_bytes()
+            data = path.read_bytes()
         except OSError as error:
-            raise PackageDamaged(f"'{self.encoder_path}' can't be read any more ({error})", _REBUILD) from error
-        if hashlib.sha256(data).hexdigest() != self.manifest.files[ENCODER].sha256:
-            raise PackageDamaged(f"'{self.encoder_path}' was replaced after the package was opened", "Open it again")
+            raise PackageDamaged(f"'{path}' can't be read any more ({error})", _REBUILD) from error
+        if hashlib.sha256(data).hexdigest() != self.encoder_sha256(precision):
+            raise PackageDamaged(f"'{path}' was replaced after the package was opened", "Open it again")
         return data
+
+    def quantization(self) -> Quantization | None:
+        """How the INT8 encoder came out of the FP32 one; None in a package without INT8."""
+        if QUANTIZATION not in self.manifest.files:
+            return None
+        return Quantization.read(self.path / QUANTIZATION)
 
     def bank(self) -> PromptBank:
         """The prompt bank that the package was built with."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ import pytest
 from dapo_edge.errors import OutputError, PackageDamaged, PackageError, PackageIncompatible
 from dapo_edge.package import (
     ENCODER,
+    ENCODER_INT8,
     MANIFEST,
     PROMPTS,
     REFERENCE,
     REPORT,
+    REPORT_PAGE,
     THRESHOLDS,
     EnginePackage,
     PackageWriter,
@@ -31,10 +34,28 @@ def rewrite(path: Path, **changes: Any) -> None:
     (path / MANIFEST).write_text(json.dumps({**content, "digest": _digest(content)}))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"precision": "int8"}, "its precision is int8, but encoder.int8.onnx does not belong to it"),
+        ({"files": ENCODER_INT8}, "encoder.int8.onnx and quantization.safetensors belong together"),
+        ({"precision": "int4"}, "precision"),
+    ],
+)
+def test_int8_is_there_as_a_whole_or_not_at_all(package_copy: Path, changes: dict[str, Any], message: str) -> None:
+    if "files" in changes:
+        (package_copy / ENCODER_INT8).write_bytes(b"")
+        empty = {"sha256": hashlib.sha256(b"").hexdigest(), "size": 0}
+        changes = {"files": {**json.loads((package_copy / MANIFEST).read_text())["files"], ENCODER_INT8: empty}}
+    rewrite(package_copy, **changes)
+    with pytest.raises(PackageDamaged, match=message):
+        EnginePackage.open(package_copy)
+
+
 def test_round_trip(package: EnginePackage) -> None:
     opened = EnginePackage.open(package.path)
     assert opened.manifest == package.manifest
-    assert set(opened.manifest.files) == {ENCODER, PROMPTS, REFERENCE, REPORT, THRESHOLDS}
+    assert set(opened.manifest.files) == {ENCODER, PROMPTS, REFERENCE, REPORT, REPORT_PAGE, THRESHOLDS}
     assert opened.bank().names == ("normal", "scratch", "missing part", "glue")
     assert opened.thresholds().frames == 8
     assert opened.report()["precisions"]["fp32"]["token_cosine_min"] > 0.9999
