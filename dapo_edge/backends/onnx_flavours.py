@@ -1,4 +1,4 @@
-"""The encoder's ONNX as TensorRT wants it: one float type per operator, casts only where the types meet, opset 17.
+"""The encoder's ONNX as TensorRT wants it: one float type per operator, casts only where the types meet.
 
 A strongly typed network (TensorRT 10, and the only kind in 11) computes exactly the types that the file names. The FP16
 flavour is float16 throughout, but for islands in float32 around values that float16 can't hold: activation ranges say
@@ -20,6 +20,7 @@ from dapo_edge.backends.onnx_graph import (
     CARRIERS,
     EMBEDDING,
     IMAGE,
+    OPSET,
     SELECTORS,
     TOKENS,
     PlainGraph,
@@ -36,6 +37,8 @@ HEADROOM = 4
 RANGE_LIMIT = FP16_MAX / HEADROOM
 
 Precision = Literal["fp32", "fp16"]
+SCALED = frozenset({"QuantizeLinear", "DequantizeLinear"})  # by their second input
+_INT8_STEPS = 128  # the lowest of int8 is -128
 _MEASURED = ARITHMETIC | SELECTORS
 _FACTORS = {"MatMul": (0, 1), "Mul": (0, 1), "Div": (0, 1), "Gemm": (0, 1), "Conv": (1,), "LayerNormalization": (1,)}
 
@@ -46,10 +49,11 @@ class Flavour:
 
     model: bytes  # ONNX: image [B, 3, S, S] → patch_tokens [B, L, N, D] float16, image_embedding [B, D] float32
     precision: Precision  # of the image and of every operator that is no island
-    islands: tuple[str, ...]  # names of the operators that compute in float32 inside of the FP16 flavour, in order
+    islands: tuple[str, ...]  # names of the operators whose values need float32 where others get float16, in order
     nodes: int  # operators, without casts
     casts: int
     attention_blocks: int  # of the encoder
+    quantized: tuple[str, ...] = ()  # names of the Linears in INT8, in the order of execution
 
 
 def fp32_flavour(model: bytes) -> Flavour:
@@ -57,8 +61,7 @@ def fp32_flavour(model: bytes) -> Flavour:
 
     Raises `BackendError` for anything but an encoder of this SDK's own export.
     """
-    graph = read_plain(model)
-    return _flavour(graph, "fp32", frozenset())
+    return typed_flavour(read_plain(model), "fp32")
 
 
 def fp16_flavour(
@@ -79,13 +82,7 @@ def fp16_flavour(
     unknown = sorted(set(islands) - names)
     if unknown:
         raise BackendError(f"the encoder has no operator '{unknown[0]}'", "Take the names from the encoder's own graph")
-    large = frozenset() if ranges is None else _large_tensors(graph, ranges, limit)
-    inside = {
-        node.name
-        for node in graph.nodes
-        if node.name in islands or large & {*node.input, *node.output} or not _constants_fit(graph, node)
-    }
-    return _flavour(graph, "fp16", frozenset(inside))
+    return typed_flavour(graph, "fp16", {*islands, *needs_fp32(graph, ranges, limit)})
 
 
 def measured_tensors(model: bytes) -> tuple[str, ...]:
@@ -96,6 +93,50 @@ def measured_tensors(model: bytes) -> tuple[str, ...]:
     return tuple(name for node in read_plain(model).nodes if node.op_type in _MEASURED for name in node.output)
 
 
+def needs_fp32(graph: PlainGraph, ranges: Mapping[str, float] | None, limit: float = RANGE_LIMIT) -> frozenset[str]:
+    """Names of the nodes that read or write a tensor beyond `limit`, or hold constants that float16 can't.
+
+    Without ranges the constants decide alone. Raises `BackendError` for ranges of another encoder.
+    """
+    large = frozenset() if ranges is None else _large_tensors(graph, ranges, limit)
+    return frozenset(
+        node.name for node in graph.nodes if large & {*node.input, *node.output} or not _constants_fit(graph, node)
+    )
+
+
+def typed_flavour(
+    graph: PlainGraph,
+    precision: Precision,
+    islands: Collection[str] = (),
+    *,
+    tokens: Precision = "fp16",
+    opset: int = OPSET,
+) -> Flavour:
+    """Every operator in `precision`, islands in float32; patch tokens leave as `tokens`, the embedding as float32."""
+    onnx = require("onnx")
+    element = {"fp16": onnx.TensorProto.FLOAT16, "fp32": onnx.TensorProto.FLOAT}
+    typed = _TypedGraph(graph, precision)
+    for node in graph.nodes:
+        typed.add(node, "fp32" if node.name in islands else precision)
+    leaving: dict[str, Precision] = {TOKENS: tokens, EMBEDDING: "fp32"}
+    for name, wanted in leaving.items():
+        typed.leave(name, wanted)
+    ends = {IMAGE: precision, **leaving}
+    return Flavour(
+        model=assembled(
+            typed.nodes,
+            list(typed.constants.values()),
+            {name: (element[end], graph.shapes[name]) for name, end in ends.items()},
+            opset,
+        ),
+        precision=precision,
+        islands=tuple(node.name for node in graph.nodes if node.name in islands),
+        nodes=len(graph.nodes),
+        casts=len(typed.nodes) - len(graph.nodes),
+        attention_blocks=sum(node.op_type == "Softmax" for node in graph.nodes),
+    )
+
+
 def _large_tensors(graph: PlainGraph, ranges: Mapping[str, float], limit: float) -> frozenset[str]:
     """Tensors beyond the limit: measured ones by their range, carried ones when a source of theirs is."""
     large: set[str] = set()
@@ -103,8 +144,10 @@ def _large_tensors(graph: PlainGraph, ranges: Mapping[str, float], limit: float)
         for name in node.output:
             if node.op_type in CARRIERS:
                 beyond = any(source in large or _largest(graph, source) > limit for source in node.input)
-            elif node.op_type in BOUNDED:
+            elif node.op_type in BOUNDED or node.op_type == "QuantizeLinear":
                 beyond = False
+            elif node.op_type == "DequantizeLinear":
+                beyond = _INT8_STEPS * _largest(graph, node.input[1]) > limit
             elif name in ranges:
                 beyond = not ranges[name] <= limit  # NaN is beyond
             else:
@@ -120,6 +163,8 @@ def _large_tensors(graph: PlainGraph, ranges: Mapping[str, float], limit: float)
 def _constants_fit(graph: PlainGraph, node: Any) -> bool:
     """Whether float16 holds the node's constants: none too large, no factor that would lose its digits or vanish."""
     factors = _FACTORS.get(node.op_type, ())
+    if node.op_type in SCALED and _smallest(graph, node.input[1]) < FP16_SMALLEST_NORMAL:
+        return False  # each scale stands for itself, no larger one beside it makes up for its digits
     for place, name in enumerate(node.input):
         largest = _largest(graph, name)
         # What is added may vanish: it is small beside 1. What is multiplied decides the size of the result.
@@ -134,33 +179,15 @@ def _largest(graph: PlainGraph, name: str) -> float:
     return 0.0 if value is None else float(np.abs(value).max(initial=0))
 
 
+def _smallest(graph: PlainGraph, name: str) -> float:
+    """Smallest |value| of a constant of floats."""
+    value = _floats(graph.constants[name])
+    return 0.0 if value is None else float(np.abs(value).min())
+
+
 def _floats(tensor: Any) -> NDArray[np.float32] | None:
     onnx = require("onnx")
     return onnx.numpy_helper.to_array(tensor) if tensor.data_type == onnx.TensorProto.FLOAT else None
-
-
-def _flavour(graph: PlainGraph, precision: Precision, islands: frozenset[str]) -> Flavour:
-    onnx = require("onnx")
-    element = {"fp16": onnx.TensorProto.FLOAT16, "fp32": onnx.TensorProto.FLOAT}
-    typed = _TypedGraph(graph, precision)
-    for node in graph.nodes:
-        typed.add(node, "fp32" if node.name in islands else precision)
-    leaving: dict[str, Precision] = {TOKENS: "fp16", EMBEDDING: "fp32"}
-    for name, wanted in leaving.items():
-        typed.leave(name, wanted)
-    ends = {IMAGE: precision, **leaving}
-    return Flavour(
-        model=assembled(
-            typed.nodes,
-            list(typed.constants.values()),
-            {name: (element[end], graph.shapes[name]) for name, end in ends.items()},
-        ),
-        precision=precision,
-        islands=tuple(node.name for node in graph.nodes if node.name in islands),
-        nodes=len(graph.nodes),
-        casts=len(typed.nodes) - len(graph.nodes),
-        attention_blocks=sum(node.op_type == "Softmax" for node in graph.nodes),
-    )
 
 
 class _TypedGraph:

@@ -1,6 +1,7 @@
 """An exported encoder made plain: constant parts are computed, copies are gone, what is left is ONNX opset 17.
 
 Compilers then meet activations and weights only, no shape arithmetic, in an operator set that TensorRT 8.6 to 11 read.
+The same nodes are valid up to opset 19, where float16 scales of INT8 begin.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from dapo_edge.errors import BackendError
 from dapo_edge.extras import require
 
 OPSET, IR_VERSION = 17, 8  # the newest opset that TensorRT 8.6 reads, and the file version that belongs to it
+HALF_SCALES_OPSET = 19  # the oldest opset whose QuantizeLinear takes float16; TensorRT 10.0 reads up to 20
+_IR_VERSIONS = {OPSET: IR_VERSION, HALF_SCALES_OPSET: 9}
 READABLE_OPSETS = (17, 18)  # between these two the operators below differ in Split's num_outputs only
 IMAGE, TOKENS, EMBEDDING = "image", "patch_tokens", "image_embedding"
 
@@ -30,10 +33,10 @@ _INT32 = 2**31 - 1
 
 @dataclass(frozen=True, eq=False)
 class PlainGraph:
-    """Nodes in the order of execution, over activations that are all float32 and of fixed shape."""
+    """Nodes in the order of execution, over activations of fixed shape, all float32 but for what is quantised."""
 
     nodes: tuple[Any, ...]  # onnx.NodeProto, each with a name of its own
-    constants: Mapping[str, Any]  # onnx.TensorProto by name: weights float32, the rest whole numbers
+    constants: Mapping[str, Any]  # onnx.TensorProto by name: weights float32 or int8, the rest whole numbers
     shapes: Mapping[str, tuple[int, ...]]  # of every activation, the input and the outputs among them
 
 
@@ -72,27 +75,43 @@ def assembled(
     nodes: Sequence[Any],
     constants: Sequence[Any],
     ends: Mapping[str, tuple[int, tuple[int, ...]]],
+    opset: int = OPSET,
 ) -> bytes:
     """An encoder file of these nodes; `ends` gives element type and shape of the input, tokens and embedding.
 
-    The same parts give the same bytes. Raises `BackendError` when an operator gets inputs that ONNX does not allow it,
-    two float types at once among them.
+    `opset` is `OPSET` or `HALF_SCALES_OPSET`. The same parts give the same bytes. Raises `BackendError` when an
+    operator gets inputs that ONNX does not allow it, two float types at once among them.
     """
     onnx = require("onnx")
+    nodes = [_of_opset(onnx, node, opset) for node in nodes]
 
     def model_of(inputs: Sequence[Any], weights: Sequence[Any]) -> Any:
         values = {name: onnx.helper.make_tensor_value_info(name, *end) for name, end in ends.items()}
         graph = onnx.helper.make_graph(nodes, "encoder", [values[IMAGE], *inputs], [values[TOKENS], values[EMBEDDING]])
-        opset = onnx.helper.make_opsetid("", OPSET)
-        model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION, producer_name="dapo-edge")
+        model = onnx.helper.make_model(
+            graph,
+            opset_imports=[onnx.helper.make_opsetid("", opset)],
+            ir_version=_IR_VERSIONS[opset],
+            producer_name="dapo-edge",
+        )
         model.graph.initializer.extend(weights)  # last, because each of the helpers copies what it is given
         return model
 
     try:
         onnx.checker.check_model(model_of(*_weightless(onnx, constants)), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise BackendError(f"the converted encoder contradicts ONNX opset {OPSET} ({error})", _REBUILD) from error
+        raise BackendError(f"the converted encoder contradicts ONNX opset {opset} ({error})", _REBUILD) from error
     return model_of([], constants).SerializeToString(deterministic=True)
+
+
+def _of_opset(onnx: Any, node: Any, opset: int) -> Any:
+    """The node as a later opset wants it: since 18, a Split into equal parts says how many."""
+    if node.op_type != "Split" or len(node.input) > 1 or opset == OPSET:
+        return node
+    counted = onnx.NodeProto()
+    counted.CopyFrom(node)
+    counted.attribute.append(onnx.helper.make_attribute("num_outputs", len(node.output)))
+    return counted
 
 
 def _check_kind(proto: Any) -> None:

@@ -9,80 +9,23 @@ from typing import Any
 
 import numpy as np
 import onnx
-import openvino
 import pytest
 import torch
 from conftest import TINY
+from encoder_case import Case
 from onnx import TensorProto, helper, numpy_helper
-from onnx.reference import ReferenceEvaluator
-from onnx.reference.op_run import OpRun
 
 import dapo_edge
 from dapo_edge.backends.onnx_flavours import RANGE_LIMIT, Flavour, fp16_flavour, fp32_flavour, measured_tensors
 from dapo_edge.backends.onnx_graph import read_plain
 from dapo_edge.config import load_recipe, parse_recipe
 from dapo_edge.engine.export import export_encoder
-from dapo_edge.engine.ranges import RangeProbe
 from dapo_edge.errors import BackendError
 from dapo_edge.models.method import method_of
 from dapo_edge.package import EnginePackage
 
-Array = np.ndarray[Any, Any]
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 OUTLIERS = (5, 6)  # the channels of planted outliers, of opposite signs, so that they do not shift the mean
-
-
-class LayerNormalization(OpRun):
-    """With statistics in float32, as stash_type=1 says; onnx's own takes them in the type of X."""
-
-    op_domain = ""
-
-    def _run(self, x: Array, gain: Array, bias: Array, axis: int, epsilon: float, stash_type: int) -> tuple[Array]:
-        assert (axis, stash_type, x.dtype) == (-1, 1, gain.dtype)
-        wide = x.astype(np.float32)
-        wide = wide - wide.mean(-1, keepdims=True)
-        normal = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + epsilon)
-        return (normal.astype(x.dtype) * gain + bias,)
-
-
-class Case:
-    """An exported encoder, eager torch's answer, and the ranges of one image."""
-
-    def __init__(self, folder: Path, fields: dict[str, Any], edit: Callable[[Any], None] = lambda method: None) -> None:
-        method: Any = method_of(parse_recipe(fields))
-        with torch.no_grad():
-            edit(method)
-        export_encoder(method, folder / "encoder.onnx")
-        self.model = (folder / "encoder.onnx").read_bytes()
-        size = method.image_size
-        self.image = np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)
-        with torch.inference_mode():
-            tokens, embedding = method(torch.from_numpy(self.image))
-        self.tokens, self.embedding = tokens.numpy(), embedding.numpy()
-        probe = RangeProbe(self.model)
-        probe.observe(self.image)
-        self.ranges = probe.ranges
-
-    def cosine(self, tokens: Array, embedding: Array) -> float:
-        """The lowest one of all patches and the embedding; NaN when anything is no number."""
-        assert (tokens.dtype, embedding.dtype) == (np.float16, np.float32)
-        pairs = ((tokens.astype(np.float32), self.tokens), (embedding, self.embedding))
-        lengths = [(a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1) for a, b in pairs]
-        return float(min(length.min() for length in lengths))
-
-    def in_true_float16(self, flavour: Flavour) -> tuple[Array, Array]:
-        """Operator by operator in NumPy, each in exactly the type that the file says."""
-        kind = np.float16 if flavour.precision == "fp16" else np.float32
-        evaluator = ReferenceEvaluator(onnx.load_from_string(flavour.model), new_ops=[LayerNormalization])
-        with np.errstate(all="ignore"):
-            tokens, embedding = evaluator.run(None, {"image": self.image.astype(kind)})
-        return tokens, embedding
-
-    def in_openvino(self, flavour: Flavour) -> tuple[Array, Array]:
-        core = openvino.Core()
-        compiled = core.compile_model(core.read_model(flavour.model, b""), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-        result = compiled([self.image.astype(np.float16 if flavour.precision == "fp16" else np.float32)])
-        return result[0], result[1]
 
 
 def check_types(flavour: Flavour) -> None:
