@@ -17,8 +17,9 @@ from gpu_measure import Effort, Steps, Workload, series
 from numpy.typing import NDArray
 from works import MEAN, STD
 
+from dapo_edge.backends.recorded import RecordedBackend
 from dapo_edge.backends.tensorrt import TensorRtBackend
-from dapo_edge.backends.tensorrt_compile import RecordedBackend, compile_package
+from dapo_edge.backends.tensorrt_compile import compile_package
 from dapo_edge.config import packaged_recipe, parse_recipe
 from dapo_edge.package import (
     ENCODER,

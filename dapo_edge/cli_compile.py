@@ -6,12 +6,12 @@ from pathlib import Path
 
 import click
 
-from dapo_edge.terminal import PACKAGE_PATH, as_json, print_json, progress_bar, say
+from dapo_edge.terminal import PACKAGE_PATH, PRECISION, as_json, print_json, progress_bar, say
 
 
 @click.command("compile")
 @click.argument("package", type=PACKAGE_PATH)
-@click.option("--precision", type=click.Choice(["fp32", "fp16"]), help="Of the plan. [the package's own]")
+@click.option("--precision", type=PRECISION, help="Of the plan. [the package's own]")
 @click.option(
     "--workspace-mb", type=click.IntRange(min=1), help="Scratch memory that one layer of the plan may use. [any]"
 )

@@ -26,7 +26,7 @@ from dapo_edge.errors import OutputError, PackageDamaged, PackageError, PackageI
 from dapo_edge.fingerprint import Fingerprint, missing_here
 from dapo_edge.fingerprint import fingerprint_here as fingerprint_here
 from dapo_edge.folders import FolderWriter, open_file, sha256_of
-from dapo_edge.package import ENCODER, MANIFEST, REFERENCE, EnginePackage, FileEntry, _entry
+from dapo_edge.package import ENCODER, ENCODER_INT8, MANIFEST, REFERENCE, EnginePackage, FileEntry, _entry
 
 FORMAT = 1
 MAX_BYTES = 4 << 20  # of target.json
@@ -67,7 +67,7 @@ class Target(_Part):
     fingerprint: Fingerprint
     precision: Precision
     batch: int = Field(ge=1)
-    encoder_sha256: str  # of the package's encoder.onnx
+    encoder_sha256: str  # of the package's encoder for this precision: encoder.onnx, or encoder.int8.onnx for int8
     kernels: KernelsOrigin
     options: dict[str, JsonValue]  # of the TensorRT builder
     attention: Attention
@@ -269,7 +269,9 @@ def _judge_document(folder: Path, package: EnginePackage, here: Fingerprint | No
         return judged("refuse", f"'{path}': {'.'.join(map(str, first['loc']))}: {first['msg']}")
     if here is None:
         return judged("refuse", missing_here(), target)
-    if target.encoder_sha256 != package.manifest.files[ENCODER].sha256:
+    # The INT8 one names the float one and its quantization at once, of which an int8 plan was made.
+    encoder = package.manifest.files.get(ENCODER_INT8 if target.precision == "int8" else ENCODER)
+    if encoder is None or target.encoder_sha256 != encoder.sha256:
         return judged("compile again", "made from another build of this package", target)
     if difference := target.fingerprint.difference(here):
         return judged("compile again", difference, target)
@@ -350,7 +352,9 @@ def _nothing_loads(
     package: EnginePackage, here: Fingerprint | None, precision: str | None, reasons: list[str]
 ) -> PackageIncompatible:
     remedy = how_to_compile(package)
-    if precision and REFERENCE in package.manifest.files:
+    if precision == "int8" and ENCODER_INT8 not in package.manifest.files:
+        remedy = "Build the package with precision: int8, or auto, in the recipe, and compile that"
+    elif precision and REFERENCE in package.manifest.files:
         remedy = f"{remedy} --precision {precision}"
     if here is None:
         remedy = f"Run it on the CPU: --backend openvino, or on a machine with GPU and TensorRT: {remedy}"

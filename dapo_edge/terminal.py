@@ -19,6 +19,7 @@ import click
 
 from dapo_edge.errors import OutputError
 
+PRECISION = click.Choice(["fp32", "fp16", "int8"])
 PACKAGE_PATH = click.Path(path_type=Path, readable=False)  # opening it says better what is wrong
 LAYOUT_NAMES = ("mvtec_ad", "visa", "mpdd", "mad", "real_iad", "folder", "csv")
 map_size_option = click.option(

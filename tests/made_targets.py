@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dapo_edge import seal
-from dapo_edge.package import ENCODER, EnginePackage
+from dapo_edge.package import ENCODER, ENCODER_INT8, QUANTIZATION, EnginePackage, Manifest
 from dapo_edge.targets import KERNELS, PLAN, TARGET, TIMING, Fingerprint, TargetWriter, target_id
 
 HERE = Fingerprint(
@@ -17,11 +17,12 @@ FILES = {PLAN: b"plan" * 1000, KERNELS: b"cubin", TIMING: b"timing"}
 
 
 def fields(package: EnginePackage, **changes: Any) -> dict[str, Any]:
+    precision = changes.get("precision", "fp16")
     return {
         "fingerprint": HERE,
-        "precision": "fp16",
+        "precision": precision,
         "batch": 1,
-        "encoder_sha256": package.manifest.files[ENCODER].sha256,
+        "encoder_sha256": package.encoder_sha256(precision),
         "kernels": {"source_sha256": "0" * 64, "toolkit": "nvcc 12.6"},
         "options": {"optimization_level": 3, "workspace_bytes": None},
         "attention": {"fused": 5, "of": 5, "known": True},
@@ -55,3 +56,11 @@ def reseal(folder: Path, **changes: Any) -> None:
     content = json.loads((folder / TARGET).read_text())
     content.pop("seal")
     edit(folder, seal=seal.seal(content))
+
+
+def with_files(package: EnginePackage, **sha256: str) -> EnginePackage:
+    """The package as if its manifest named these files (encoder, int8, quantization), by their hashes."""
+    names = {"encoder": ENCODER, "int8": ENCODER_INT8, "quantization": QUANTIZATION}
+    files = {names[key]: {"sha256": digest, "size": 1} for key, digest in sha256.items()}
+    fields = package.manifest.model_dump()
+    return EnginePackage(package.path, Manifest(**{**fields, "files": {**fields["files"], **files}}))

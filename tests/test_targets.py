@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from driver_fakes import H200, NO_DRIVER, FakeLibcuda, use
-from made_targets import FILES, HERE, compile_target, edit, reseal
+from made_targets import FILES, HERE, compile_target, edit, reseal, with_files
 
 from dapo_edge import seal, targets
 from dapo_edge.errors import OutputError, PackageDamaged, PackageError, PackageIncompatible
@@ -49,6 +49,11 @@ def key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def opened(package: EnginePackage, tmp_path: Path) -> EnginePackage:
     return EnginePackage.open(shutil.copytree(package.path, tmp_path / "tiny.dapo"))
+
+
+@pytest.fixture
+def quantised(opened: EnginePackage) -> EnginePackage:
+    return with_files(opened, int8="8" * 64, quantization="9" * 64)
 
 
 def verdict(folder: Path, package: EnginePackage, here: Fingerprint | None = HERE) -> tuple[str, str]:
@@ -262,17 +267,17 @@ def test_sealed_but_not_understood(opened: EnginePackage, changes: dict[str, Any
     assert text in judgement.reason
 
 
-def test_best_takes_the_packages_own_precision_first(opened: EnginePackage) -> None:
-    assert opened.manifest.precision == "fp32"
+def test_best_takes_the_packages_own_precision_first(quantised: EnginePackage) -> None:
+    assert quantised.manifest.precision == "fp32"
     for precision in ("int8", "fp16"):
-        compile_target(opened, precision=precision)
-    assert best(opened, HERE).target.precision == "fp16", "the most exact one"
-    compile_target(opened, precision="fp32")
-    assert best(opened, HERE).target.precision == "fp32"
-    chosen = best(opened, HERE, "int8")
+        compile_target(quantised, precision=precision)
+    assert best(quantised, HERE).target.precision == "fp16", "the most exact one"
+    compile_target(quantised, precision="fp32")
+    assert best(quantised, HERE).target.precision == "fp32"
+    chosen = best(quantised, HERE, "int8")
     assert (chosen.target.precision, chosen.folder.name) == ("int8", "nvidia-h200-sm90-trt10.3.0-int8")
-    manifest = Manifest(**{**opened.manifest.model_dump(), "precision": "fp16"})
-    assert best(EnginePackage(opened.path, manifest), HERE).target.precision == "fp16"
+    manifest = Manifest(**{**quantised.manifest.model_dump(), "precision": "fp16"})
+    assert best(EnginePackage(quantised.path, manifest), HERE).target.precision == "fp16"
 
 
 def test_best_tells_when_another_precision_runs_than_the_packages_own(
@@ -322,20 +327,20 @@ def test_commands_can_be_pasted(package: EnginePackage, tmp_path: Path) -> None:
     assert shlex.split(targets.how_to_compile(named)) == ["dapo-edge", "compile", str(named.path)]
 
 
-def test_best_says_of_every_target_why_not(opened: EnginePackage) -> None:
-    compile_target(opened, fingerprint=other(tensorrt="8.6.1"))
-    damaged = compile_target(opened, precision="fp32")
+def test_best_says_of_every_target_why_not(quantised: EnginePackage) -> None:
+    compile_target(quantised, fingerprint=other(tensorrt="8.6.1"))
+    damaged = compile_target(quantised, precision="fp32")
     (damaged / PLAN).write_bytes(bytes(4000))
     with pytest.raises(PackageIncompatible) as caught:
-        best(opened, HERE)
-    assert caught.value.remedy == f"dapo-edge compile {opened.path}"
+        best(quantised, HERE)
+    assert caught.value.remedy == f"dapo-edge compile {quantised.path}"
     assert "fp32: " in caught.value.cause
     assert "its SHA-256 differs; nvidia-h200-sm90-trt8.6.1-fp16: compiled by TensorRT 8.6.1" in caught.value.cause
     assert "\n" not in str(caught.value)
-    compile_target(opened)
+    compile_target(quantised)
     with pytest.raises(PackageIncompatible, match=r"its precision is fp16, not int8.*compile .* --precision int8"):
-        best(opened, HERE, "int8")
-    assert best(opened, HERE).target.precision == "fp16"
+        best(quantised, HERE, "int8")
+    assert best(quantised, HERE).target.precision == "fp16"
 
 
 def test_best_without_targets_or_gpu(opened: EnginePackage) -> None:
@@ -345,14 +350,14 @@ def test_best_without_targets_or_gpu(opened: EnginePackage) -> None:
         best(opened, None)
 
 
-def test_judge_all_is_sorted_and_skips_what_is_being_compiled(opened: EnginePackage) -> None:
-    assert judge_all(opened, HERE) == ()
+def test_judge_all_is_sorted_and_skips_what_is_being_compiled(quantised: EnginePackage) -> None:
+    assert judge_all(quantised, HERE) == ()
     for precision in ("int8", "fp16"):
-        compile_target(opened, precision=precision)
-    (opened.path / "targets" / "empty").mkdir()
-    (opened.path / "targets" / "note.txt").touch()
-    with TargetWriter(opened.path, "x"):
-        found = judge_all(opened, HERE)
+        compile_target(quantised, precision=precision)
+    (quantised.path / "targets" / "empty").mkdir()
+    (quantised.path / "targets" / "note.txt").touch()
+    with TargetWriter(quantised.path, "x"):
+        found = judge_all(quantised, HERE)
     assert [(judgement.id, judgement.verdict) for judgement in found] == [
         ("empty", "refuse"),
         ("nvidia-h200-sm90-trt10.3.0-fp16", "load"),

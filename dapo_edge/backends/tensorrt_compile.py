@@ -8,36 +8,29 @@ import logging
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from typing_extensions import Self
-
 from dapo_edge import cache, gate, seal, targets
-from dapo_edge.backends import onnx_flavours, trt_api
-from dapo_edge.backends.base import MapBatch, MapSize, View
+from dapo_edge.backends import onnx_flavours, onnx_quantized, trt_api
 from dapo_edge.backends.cuda import Cuda
-from dapo_edge.backends.host import make_maps
 from dapo_edge.backends.kernel_check import check_kernels
+from dapo_edge.backends.recorded import NO_REFERENCE, RecordedBackend
 from dapo_edge.backends.tensorrt import TensorRtBackend, check_limits
 from dapo_edge.backends.trt_report import Attention, attention_fused
 from dapo_edge.config import packaged_recipe
 from dapo_edge.errors import BackendError, PackageIncompatible, RecipeError
 from dapo_edge.extras import require
 from dapo_edge.kernels.compile import Cubin, compile_kernels
-from dapo_edge.package import ENCODER, EnginePackage
-from dapo_edge.prompt_bank import PromptBank
+from dapo_edge.package import EnginePackage
+from dapo_edge.quantization import Quantization
 from dapo_edge.reference_data import ReferenceData
 from dapo_edge.targets import KERNELS, PLAN, TIMING, Fingerprint, Target, TargetWriter, target_id
 
 CACHE_KIND = "tensorrt"
-FLAVOURS = ("fp32", "fp16")
-
-_NO_REFERENCE = "Build it again with this dapo-edge: dapo-edge build RECIPE"
+FLAVOURS = ("fp32", "fp16", "int8")
 
 Progress = Callable[[str, int, int], None]  # step in words, done, of
 
@@ -67,32 +60,32 @@ def compile_package(
     optimization_level: int = 3,
     on_progress: Progress = lambda step, done, of: None,
 ) -> Compiled:
-    """Compile a package for this device's GPU, in the package's own precision or another (fp32, fp16).
+    """Compile a package for this device's GPU, in the package's own precision or another (fp32, fp16, int8).
 
     Takes minutes; a timing cache makes the next time shorter. Raises `BackendError` without a GPU or where TensorRT
     gives up, `DependencyMissing` without TensorRT, pycuda or a CUDA compiler, `GateError` when the plan computes
     something else than the package's reference, `PackageIncompatible` for a package without one, `RecipeError` beyond
-    the kernels' limits. Then nothing is written, and an older target stays as it was.
+    the kernels' limits and for int8 of a package without INT8. Then nothing is written, and an older target stays.
     """
     started = time.monotonic()
     precision = precision or package.manifest.precision
     if precision not in FLAVOURS:
-        raise RecipeError(f"unknown precision '{precision}'", f"Use {' or '.join(FLAVOURS)}")
+        raise RecipeError(f"unknown precision '{precision}'", f"Use one of: {', '.join(FLAVOURS)}")
     options = trt_api.BuildOptions(precision, workspace_bytes, optimization_level)
-    reference = _checked(package)
+    reference = _checked(package, precision)
     with _opened_device() as device:
         id = target_id(device.fingerprint, precision)
         with TargetWriter(package.path, id) as writer:
             cubin = _write_kernels(writer, device, on_progress)
             on_progress("preparing the encoder", 0, 1)
-            flavour = _flavour(package, precision, reference)
+            flavour = _flavour(package, precision, reference, device.trt.major)
             built = _build(package, device, flavour, replace(options, fp32_nodes=flavour.islands), on_progress)
             writer.write(PLAN, built.plan)
             writer.write(TIMING, built.timing_cache)
             attention = attention_fused(built.layers, flavour.attention_blocks)
             _tell_attention(attention, precision)
             drift = _passed_gate(package, device, cubin, built.plan, precision, reference, on_progress)
-            about = _about_plan(package, device, cubin, built, flavour)
+            about = _about_plan(package, device, cubin, built, flavour, precision)
             target = writer.commit(
                 {
                     **about,
@@ -120,27 +113,30 @@ def _about_plan(
     cubin: Cubin,
     built: trt_api.BuiltPlan,
     flavour: onnx_flavours.Flavour,
+    precision: str,
 ) -> dict[str, Any]:
     """What a target says about what it was made from."""
     return {
         "fingerprint": device.fingerprint,
-        "precision": flavour.precision,
+        "precision": precision,
         "batch": package.manifest.batch,
-        "encoder_sha256": package.manifest.files[ENCODER].sha256,
+        "encoder_sha256": package.encoder_sha256(precision),
         "kernels": {"source_sha256": cubin.source_sha256, "toolkit": cubin.toolkit},
         "islands": flavour.islands,
-        "layers": _summary(built),
+        "layers": _summary(built, flavour),
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
 
-def _checked(package: EnginePackage) -> ReferenceData:
+def _checked(package: EnginePackage, precision: str) -> ReferenceData:
     """Everything that would stop a compile at its end, looked at before it begins; the package's reference."""
     check_limits(package.manifest, package.bank())
+    if precision == "int8":
+        _quantization(package)
     reference = package.reference()
     if reference is None:
         raise PackageIncompatible(
-            f"'{package.path}' was built before packages carried a reference to judge a plan by", _NO_REFERENCE
+            f"'{package.path}' was built before packages carried a reference to judge a plan by", NO_REFERENCE
         )
     require("onnx", extra="gpu")
     seal.prepare()
@@ -157,14 +153,27 @@ def _opened_device() -> Any:
         yield _Device(cuda, trt, fingerprint)
 
 
-def _flavour(package: EnginePackage, precision: str, reference: ReferenceData) -> onnx_flavours.Flavour:
-    model = package.encoder_bytes()
+def _flavour(package: EnginePackage, precision: str, reference: ReferenceData, major: int) -> onnx_flavours.Flavour:
+    model, ranges = package.encoder_bytes(), reference.ranges
     if precision == "fp32":
         return onnx_flavours.fp32_flavour(model)
-    flavour = onnx_flavours.fp16_flavour(model, reference.ranges)
+    if precision == "fp16":
+        flavour = onnx_flavours.fp16_flavour(model, ranges)
+    else:
+        between: onnx_flavours.Precision = "fp16" if major >= 10 else "fp32"
+        flavour = onnx_quantized.int8_flavour(model, _quantization(package), ranges, precision=between)
     if flavour.islands:
         log.warning("%d operators compute in fp32, because their values don't fit into fp16", len(flavour.islands))
     return flavour
+
+
+def _quantization(package: EnginePackage) -> Quantization:
+    quantization = package.quantization()
+    if quantization is None:
+        raise RecipeError(
+            f"'{package.path}' holds no INT8 encoder", "Build it with precision: int8, or auto, in the recipe"
+        )
+    return quantization
 
 
 def _build(
@@ -221,77 +230,33 @@ def _passed_gate(
 ) -> gate.Drift:
     """Compare the plan, on the GPU, with what eager torch made of the same views. Raises `GateError`."""
     on_progress("accuracy gate", 0, len(reference.views))
-    counted = iter(range(1, len(reference.views) + 1))
     with (
         RecordedBackend(package, reference) as recorded,
         TensorRtBackend(package, device.cuda, cubin.data, plan, map_size="model", precision=precision) as compiled,
     ):
-        drifts, _ = gate.measure_drift(
-            recorded,
+        views, thresholds = list(reference.views), package.thresholds()
+        expected = gate.expectations(recorded, views, len(views), thresholds)
+        drifts = gate.measure_drift(
+            expected,
             {precision: compiled},
-            list(reference.views),
-            package.thresholds(),
-            lambda: on_progress("accuracy gate", next(counted), len(reference.views)),
+            views,
+            thresholds,
+            lambda index, view, truth, batches: on_progress("accuracy gate", index + 1, len(views)),
         )
         on_progress("checking the kernels", 0, 1)
         check_kernels(compiled, package)
     limits = packaged_recipe(package.manifest.recipe).gate
     remedy = "No target was written. Compile with --precision fp32, or build with wider limits under 'gate'"
-    gate.check_limits(f"the plan in {precision}", drifts[precision], limits, remedy)
+    gate.refuse(f"the plan in {precision}", gate.broken_limits(drifts[precision], None, limits, precision), remedy)
     return drifts[precision]
 
 
-def _summary(built: trt_api.BuiltPlan) -> dict[str, Any]:
+def _summary(built: trt_api.BuiltPlan, flavour: onnx_flavours.Flavour) -> dict[str, Any]:
     kinds = Counter(layer.kind or "unknown" for layer in built.layers)
     return {
         "count": len(built.layers),
         "kinds": dict(sorted(kinds.items())),
+        "int8_linears": len(flavour.quantized),
         "build_seconds": round(built.seconds, 1),
         "peak_device_bytes": built.peak_device_bytes,
     }
-
-
-class RecordedBackend:
-    """Plays back what eager torch made of the stored views, through the map arithmetic of `reference.py`."""
-
-    name = "recorded"
-    device = "recorded at build time"
-    precision = "fp32"
-
-    def __init__(self, package: EnginePackage, data: ReferenceData) -> None:
-        self.bank = package.bank()
-        self._spec = package.manifest.map
-        self._data = data
-        self._place = {view.tobytes(): place for place, view in enumerate(data.views)}
-
-    @classmethod
-    def open(cls, package: EnginePackage, *, map_size: MapSize, precision: str | None = None) -> Self:
-        """Of a package that has a reference."""
-        data = package.reference()
-        if data is None:
-            raise PackageIncompatible(f"'{package.path}' carries no reference", _NO_REFERENCE)
-        return cls(package, data)
-
-    def encode(self, views: Sequence[View]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Tokens and embeddings of stored views; raises `KeyError` for any other."""
-        places = [self._place[np.ascontiguousarray(view).tobytes()] for view in views]
-        return self._data.tokens[places].astype(np.float32), self._data.embeddings[places]
-
-    def infer(self, views: Sequence[View]) -> MapBatch:
-        """Maps of stored views, at the encoder's size."""
-        tokens, embedding = self.encode(views)
-        size = (self._spec.image_size, self._spec.image_size)
-        return make_maps(tokens, embedding, self.bank, self._spec, size).batch(self.bank, {"encode": 0.0})
-
-    def set_bank(self, bank: PromptBank) -> None:
-        """Compare with other words from the next call on."""
-        self.bank = bank
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()

@@ -45,7 +45,7 @@ class BuildOptions:
     precision: str  # fp32 (without TF32), fp16 (an ONNX typed float16), int8 (an ONNX with Q/DQ)
     workspace_bytes: int | None = None  # scratch memory that one layer may use; None: the whole device
     optimization_level: int = 3  # 0 builds fastest, 5 looks for the fastest plan longest
-    fp32_nodes: tuple[str, ...] = ()  # ONNX nodes typed float32 in a model of lower precision
+    fp32_nodes: tuple[str, ...] = ()  # ONNX nodes that must compute in float32 where others may not
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:

@@ -200,7 +200,7 @@ class OnnxParser:
     def _refusal(self, content: bytes) -> tuple[str, str] | None:
         try:
             model = onnx.load_from_string(content)
-            onnx.checker.check_model(model)
+            onnx.checker.check_model(model, full_check=True)  # with types: those of a strongly typed network must fit
         except Exception as error:  # protobuf and the checker raise classes of their own
             return "", f"Failed to parse the ONNX model: {error}"
         eight = self._api.__version__.startswith("8")
@@ -208,8 +208,25 @@ class OnnxParser:
             return "", "network flag EXPLICIT_BATCH is required"
         if eight and model.opset_import[0].version > 17:
             return model.graph.node[0].name, "opset is newer than 17"
+        if refusal := _quantization_refusal(model.graph, eight):
+            return refusal
         self._network._take(model)
         return None
+
+
+def _quantization_refusal(graph: onnx.GraphProto, eight: bool) -> tuple[str, str] | None:
+    """What the parsers demand of Q/DQ: symmetric steps; in 8.6, scales of float32 and no stored integers."""
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            if len(node.input) != 3 or onnx.numpy_helper.to_array(constants[node.input[2]]).any():
+                return node.name, "The zero point for the QuantizeLinear/DequantizeLinear operator must be all zeros."
+            scale = onnx.numpy_helper.to_array(constants[node.input[1]])
+            if not (scale > 0).all() or (eight and scale.dtype != "float32"):
+                return node.name, "Scale coefficients must all be positive"
+            if eight and node.input[0] in constants and constants[node.input[0]].data_type == onnx.TensorProto.INT8:
+                return node.name, f"{node.input[0]}: invalid weights type of Int8"
+    return None
 
 
 class IBuilderConfig:

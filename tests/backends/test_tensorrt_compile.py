@@ -18,14 +18,24 @@ import onnx
 import pytest
 from click.testing import CliRunner
 from fake_cuda import FakeGpu
+from made_packages import with_int8
 
 from dapo_edge import targets
 from dapo_edge.backends.openvino import OpenVinoBackend
+from dapo_edge.backends.recorded import RecordedBackend
 from dapo_edge.backends.tensorrt import TensorRtBackend
-from dapo_edge.backends.tensorrt_compile import RecordedBackend, compile_package
+from dapo_edge.backends.tensorrt_compile import compile_package
 from dapo_edge.cli import commands
 from dapo_edge.doctor import diagnose
-from dapo_edge.errors import BackendError, DapoEdgeError, DependencyMissing, GateError, PackageIncompatible, RecipeError
+from dapo_edge.errors import (
+    BackendError,
+    DapoEdgeError,
+    DependencyMissing,
+    GateError,
+    PackageDamaged,
+    PackageIncompatible,
+    RecipeError,
+)
 from dapo_edge.kernels.compile import Cubin
 from dapo_edge.package import REFERENCE, EnginePackage
 
@@ -83,6 +93,78 @@ def test_every_tensorrt_makes_a_target_that_loads(
         OpenVinoBackend.open(opened, map_size="model") as cpu,
     ):
         assert np.abs(backend.infer([picture]).anomaly - cpu.infer([picture]).anomaly).max() < 0.01
+
+
+@pytest.fixture(scope="module")
+def quantised(package: EnginePackage, tmp_path_factory: pytest.TempPathFactory) -> EnginePackage:
+    return with_int8(package, tmp_path_factory.mktemp("int8"), kept=("block1.qkv", "block5.fc2"))
+
+
+@pytest.fixture
+def opened_int8(quantised: EnginePackage, tmp_path: Path) -> EnginePackage:
+    return EnginePackage.open(shutil.copytree(quantised.path, tmp_path / "int8.dapo"))
+
+
+def test_int8_on_every_tensorrt(
+    opened_int8: EnginePackage, gpu: FakeGpu, machine: Any, major: int, picture: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api = fake_cuda.install(monkeypatch, gpu, major)
+    compiled = compile_package(opened_int8)  # the package's own precision
+    target = compiled.target
+    assert compiled.folder.name == f"nvidia-h200-sm90-trt{target.fingerprint.tensorrt}-int8"
+    assert (target.precision, target.layers["int8_linears"], target.islands) == ("int8", 18, ())
+    assert target.encoder_sha256 == opened_int8.manifest.files["encoder.int8.onnx"].sha256
+    assert 0.99 < target.gate["token_cosine_min"] < 0.99999
+    [network] = api.control.networks
+    model = network._model
+    halves = sum(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in model.graph.initializer)
+    assert (model.opset_import[0].version, halves > 0) == ((17, False) if major == 8 else (19, True))
+    allowed = {flag for flag in ("FP16", "INT8") if flag in api.control.configs[0]._flags}
+    assert allowed == ({"FP16", "INT8"} if major == 8 else set())
+    with (
+        TensorRtBackend.open(opened_int8, map_size="model") as backend,
+        OpenVinoBackend.open(opened_int8, map_size="model", precision="int8") as cpu,
+        OpenVinoBackend.open(opened_int8, map_size="model", precision="fp32") as exact,
+    ):
+        assert backend.precision == "int8"
+        found, expected = backend.infer([picture]).anomaly, cpu.infer([picture]).anomaly
+        assert np.abs(found - expected).mean() < 0.01
+        assert np.abs(found - exact.infer([picture]).anomaly).max() > 1e-4, "it is no float plan by another name"
+
+
+def test_int8_pins_large_values_where_types_are_hints(
+    opened_int8: EnginePackage, gpu: FakeGpu, machine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api = fake_cuda.install(monkeypatch, gpu, 8)
+    reference = opened_int8.reference()
+    assert reference is not None
+    large = "/encoder/mlp/c_fc_2/Add_output_0"
+    ranges = {**reference.ranges, large: 1e5}
+    monkeypatch.setattr(EnginePackage, "reference", lambda self: replace(reference, ranges=ranges))
+    target = compile_package(opened_int8).target
+    assert "/encoder/mlp/c_fc_2/Add" in target.islands
+    single = api.DataType.FLOAT
+    pinned = {layer.name for layer in api.control.networks[0]._layers if layer.precision == single}
+    assert pinned == set(target.islands)
+    assert "OBEY_PRECISION_CONSTRAINTS" in api.control.configs[0]._flags
+
+
+def test_int8_of_a_package_without(opened: EnginePackage, machine: Any, package_copy: Path) -> None:
+    steps: list[str] = []
+    with pytest.raises(RecipeError, match=r"holds no INT8 encoder.*precision: int8, or auto"):
+        compile_package(opened, precision="int8", on_progress=lambda step, done, of: steps.append(step))
+    assert steps == []
+    assert not (opened.path / "targets").exists()
+    result = CliRunner().invoke(commands, ["compile", str(package_copy), "--precision", "int8"])
+    assert isinstance(result.exception, RecipeError)
+
+
+def test_a_damaged_quantization_shows_before_minutes_are_spent(opened_int8: EnginePackage, machine: Any) -> None:
+    (opened_int8.path / "quantization.safetensors").write_bytes(b"no safetensors")
+    steps: list[str] = []
+    with pytest.raises(PackageDamaged, match=r"quantization\.safetensors' can't be read"):
+        compile_package(opened_int8, on_progress=lambda step, done, of: steps.append(step))
+    assert steps == []
 
 
 def test_the_next_build_starts_with_what_was_timed(
