@@ -17,12 +17,13 @@ from dapo_edge.backends.host import make_maps, resize_view
 from dapo_edge.device import cpu_name, usable_cores
 from dapo_edge.errors import BackendError, PackageDamaged, RecipeError
 from dapo_edge.extras import require
-from dapo_edge.package import ENCODER, EnginePackage, Manifest
+from dapo_edge.package import EnginePackage, Manifest, Preprocessing, Thresholds
 from dapo_edge.prompt_bank import PromptBank
 
 # What OpenVINO calls a float type, by the names used here; the first that a CPU computes natively is its fast type.
 FAST_TYPES = {"BF16": "bf16", "FP16": "fp16"}
 KIND = "openvino"  # in the cache
+PRECISIONS = ("fp32", "fp16", "int8")
 HINT_OF = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 
 
@@ -34,7 +35,7 @@ class OpenVinoBackend:
 
     name = "openvino"
 
-    def __init__(self, package: EnginePackage, model: Any, request: Any, map_size: MapSize) -> None:
+    def __init__(self, package: EnginePackage, model: Any, request: Any, map_size: MapSize, wanted: str) -> None:
         self._package = package
         self._request = request
         self._map_size = map_size
@@ -43,27 +44,32 @@ class OpenVinoBackend:
         self._input: NDArray[np.uint8] = np.zeros((manifest.batch, size, size, 3), np.uint8)
         self.bank = package.bank()
         self.device = str(model.get_property("EXECUTION_DEVICES")[0])
-        self.precision = _precision_of(model)
+        runs_as = _precision_of(model)
+        self.precision = f"int8+{runs_as}" if wanted == "int8" else runs_as
 
     @classmethod
     def open(
         cls, package: EnginePackage, *, map_size: MapSize, precision: str | None = None, cache: bool = True
     ) -> Self:
-        """Compile the encoder, or take it from the model cache. `precision` overrides the package's: fp32 or fp16.
+        """Compile the encoder, or take it from the model cache. `precision` overrides the package's: fp32, fp16, int8.
 
-        Raises `BackendError` for fp16 on a CPU that computes no float type faster than fp32.
+        What is not INT8 in an INT8 encoder computes in the CPU's fastest float type, be it fp32. Raises `BackendError`
+        for fp16 on a CPU that computes no float type faster than fp32, `RecipeError` for int8 of a package without it,
+        and `GateError` where this CPU computes INT8 otherwise than the package's reference allows.
         """
         ov = require("openvino")
         wanted = precision or package.manifest.precision
-        if wanted not in ("fp32", "fp16"):
-            raise RecipeError(f"unknown precision '{wanted}'", "Use fp32, or fp16 for the CPU's fastest float type")
+        if wanted not in PRECISIONS:
+            raise RecipeError(
+                f"unknown precision '{wanted}'", "Use fp32, fp16 for the CPU's fastest float type, or int8"
+            )
         core = ov.Core()
         properties = {
             "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": HINT_OF["fp32" if wanted == "fp32" else _fast_type(core)],
+            "INFERENCE_PRECISION_HINT": HINT_OF[_float_type(core, wanted)],
         }
         key = compiled_cache.key_of(
-            package.manifest.files[ENCODER].sha256,
+            package.encoder_sha256(wanted),
             package.manifest.preprocessing,
             _shapes_of(package.manifest),
             properties,
@@ -73,17 +79,12 @@ class OpenVinoBackend:
         )
         model = _cached(core, key, properties) if cache else None
         if model is None:
-            prepared = _with_preprocessing(ov, core, package)
-            try:
-                model = core.compile_model(prepared, "CPU", properties)
-            except RuntimeError as error:
-                raise BackendError(
-                    f"OpenVINO {ov.__version__} can't compile '{package.encoder_path}' ({_first_line(error)})",
-                    "Update OpenVINO, or build the package again with this machine's versions",
-                ) from error
+            model = _compiled(core, package, wanted, properties)
             if cache:
+                if wanted == "int8":
+                    _check_int8(cls(package, model, model.create_infer_request(), "model", wanted), package)
                 compiled_cache.store(KIND, key, model.export_model().getvalue())
-        return cls(package, model, model.create_infer_request(), map_size)
+        return cls(package, model, model.create_infer_request(), map_size, wanted)
 
     def infer(self, views: Sequence[View]) -> MapBatch:
         """Inspect views of any size. Views beyond the package's batch size go through in several calls."""
@@ -160,28 +161,68 @@ def _cached(core: Any, key: str, properties: dict[str, str]) -> Any | None:
         return None
 
 
-def _with_preprocessing(ov: Any, core: Any, package: EnginePackage) -> Any:
-    """Put layout, colour order and normalisation into the model: its input becomes uint8 BGR [B, S, S, 3]."""
-    manifest = package.manifest
+def _compiled(core: Any, package: EnginePackage, precision: str, properties: dict[str, str]) -> Any:
+    model = _checked_model(core, package, precision)
+    try:
+        return core.compile_model(model, "CPU", properties)
+    except RuntimeError as error:
+        raise BackendError(
+            f"OpenVINO {require('openvino').__version__} can't compile '{package.encoder_path(precision)}' "
+            f"({_first_line(error)})",
+            "Update OpenVINO, or build the package again with this machine's versions",
+        ) from error
+
+
+def _checked_model(core: Any, package: EnginePackage, precision: str) -> Any:
+    path = package.encoder_path(precision)
     rebuild = "Build the package again: dapo-edge build RECIPE"
     try:
         # From the very bytes that were verified: a rebuild may replace the file at any moment.
-        model = core.read_model(package.encoder_bytes(), b"")
+        model = core.read_model(package.encoder_bytes(precision), b"")
         shapes = [[int(side) for side in port.shape] for port in (*model.inputs, *model.outputs)]
     except RuntimeError as error:
-        raise PackageDamaged(f"'{package.encoder_path}' is not an encoder ({_first_line(error)})", rebuild) from error
-    expected = _shapes_of(manifest)
+        raise PackageDamaged(f"'{path}' is not an encoder ({_first_line(error)})", rebuild) from error
+    expected = _shapes_of(package.manifest)
     if shapes != expected:
-        raise PackageDamaged(f"the encoder of '{package.path}' has shapes {shapes}, its manifest {expected}", rebuild)
+        raise PackageDamaged(f"the encoder '{path}' has shapes {shapes}, its manifest {expected}", rebuild)
+    return with_preprocessing(model, package.manifest.preprocessing)
+
+
+def with_preprocessing(model: Any, preprocessing: Preprocessing) -> Any:
+    """Put layout, colour order and normalisation into an OpenVINO model: its input becomes uint8 BGR [B, S, S, 3]."""
+    ov = require("openvino")
     steps = ov.preprocess.PrePostProcessor(model)
     layout = ov.preprocess.ColorFormat
     image = steps.input()
     image.tensor().set_element_type(ov.Type.u8).set_layout(ov.Layout("NHWC")).set_color_format(layout.BGR)
     image.model().set_layout(ov.Layout("NCHW"))
     image.preprocess().convert_element_type(ov.Type.f32).convert_color(layout.RGB)
-    image.preprocess().mean([255 * value for value in manifest.preprocessing.mean])
-    image.preprocess().scale([255 * value for value in manifest.preprocessing.std])
+    image.preprocess().mean([255 * value for value in preprocessing.mean])
+    image.preprocess().scale([255 * value for value in preprocessing.std])
     return steps.build()
+
+
+def _check_int8(backend: OpenVinoBackend, package: EnginePackage) -> None:
+    """Judge this CPU's INT8 by the package's reference, once per machine: its sums may saturate where others' do not.
+
+    Without VNNI instructions products are added in 16 bits. Raises `GateError`.
+    """
+    from dapo_edge import gate
+    from dapo_edge.backends.recorded import RecordedBackend
+    from dapo_edge.config import packaged_recipe
+
+    data = package.reference()
+    if data is None:
+        return
+    views, without = list(data.views), Thresholds()  # too few frames to count flips
+    expected = gate.expectations(RecordedBackend(package, data), views, len(views), without)
+    drift = gate.measure_drift(expected, {"int8": backend}, views, without)["int8"]
+    limits = packaged_recipe(package.manifest.recipe).gate
+    gate.refuse(
+        f"INT8 on this CPU ({cpu_name()})",
+        gate.broken_limits(drift, None, limits, "int8"),
+        "Run with --precision fp32 or fp16 here",
+    )
 
 
 def _shapes_of(manifest: Manifest) -> list[list[int]]:
@@ -194,15 +235,25 @@ def _shapes_of(manifest: Manifest) -> list[list[int]]:
     ]
 
 
-def _fast_type(core: Any) -> str:
+def fast_float_type() -> str | None:
+    """The float type that this CPU computes faster than fp32, e.g. bf16; None without one."""
+    return _fast_type(require("openvino").Core())
+
+
+def _fast_type(core: Any) -> str | None:
     capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    for capability, name in FAST_TYPES.items():
-        if capability in capabilities:
-            return name
-    raise BackendError(
-        "this CPU computes no float type faster than fp32, so precision fp16 can't be had here",
-        "Run with --precision fp32, or build the package with precision: fp32",
-    )
+    return next((name for capability, name in FAST_TYPES.items() if capability in capabilities), None)
+
+
+def _float_type(core: Any, precision: str) -> str:
+    """What the float operators of a precision compute in."""
+    fast = None if precision == "fp32" else _fast_type(core)
+    if precision == "fp16" and fast is None:
+        raise BackendError(
+            "this CPU computes no float type faster than fp32, so precision fp16 can't be had here",
+            "Run with --precision fp32, or build the package with precision: fp32",
+        )
+    return fast or "fp32"
 
 
 def _precision_of(model: Any) -> str:

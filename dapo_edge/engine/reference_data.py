@@ -23,7 +23,7 @@ MAX_VIEWS = 4  # a ViT-L at 518 px makes 8 MB of tokens per view
 
 
 class RecordingBackend(EagerBackend):
-    """The reference of the gate: every view that it encodes is measured, some evenly spread ones are kept."""
+    """The reference of the gate: every view that `encode` gets is measured, some evenly spread ones are kept."""
 
     def __init__(self, method: Method, bank: PromptBank, spec: MapSpec, probe: RangeProbe | None, frames: int) -> None:
         """`frames` views will come, each by one call of `encode`."""
