@@ -54,6 +54,7 @@ setup(
             "models/configs/*.json",
             "models/*.yaml",
             "evaluation/*.j2",
+            "engine/*.j2",
             "data/*.yaml",
             "data/defects/*.yaml",
             "kernels/*.cu",

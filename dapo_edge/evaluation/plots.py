@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import io
-import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dapo_edge.evaluation.evaluate import Line
-from dapo_edge.extras import require
+from dapo_edge.evaluation.page import as_svg, new_figure, plain
 
 NAMED = 10  # curves that get a colour and a name; more could not be told apart
 GOOD, BAD, THRESHOLD = "#1b7f4b", "#b3261e", "#1c2530"
@@ -19,7 +16,7 @@ GOOD, BAD, THRESHOLD = "#1b7f4b", "#b3261e", "#1c2530"
 
 def curve_plot(title: str, curves: Mapping[str, Line], kind: str) -> str:
     """ROC or precision over recall ("pr") of every category in which it is defined."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     known = {name: line for name, line in curves.items() if line.area is not None}
     for name, line in known.items():
         label = plain(f"{name} ({100 * (line.area or 0):.1f})") if len(known) <= NAMED else None
@@ -30,12 +27,12 @@ def curve_plot(title: str, curves: Mapping[str, Line], kind: str) -> str:
         axes.legend(fontsize=7, loc="lower right" if kind == "roc" else "lower left")
     if not known:
         axes.text(0.5, 0.5, "undefined without\ngood and defective ones", ha="center", va="center")
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def score_plot(good: Sequence[float], bad: Sequence[float], threshold: float | None) -> str:
     """Image scores of good and defective images, as shares of each."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     bins = np.linspace(0, 1, 41)
     for scores, colour, label in ((good, GOOD, "good"), (bad, BAD, "defective")):
         if scores:
@@ -46,7 +43,7 @@ def score_plot(good: Sequence[float], bad: Sequence[float], threshold: float | N
     axes.set(title="Image scores", xlabel="image score", ylabel="share of the images", xlim=(0, 1))
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=7)
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def confusion_plot(words: Sequence[str], counts: NDArray[np.int64]) -> str:
@@ -55,7 +52,7 @@ def confusion_plot(words: Sequence[str], counts: NDArray[np.int64]) -> str:
     columns = np.flatnonzero(counts.sum(axis=0) + counts.sum(axis=1))
     shares = counts[np.ix_(rows, columns)] / counts[rows].sum(axis=1, keepdims=True)
     side = max(4.2, 0.34 * len(columns) + 1.6)
-    figure, axes = _figure((side, max(3.4, 0.3 * len(rows) + 1.4)))
+    figure, axes = new_figure((side, max(3.4, 0.3 * len(rows) + 1.4)))
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     axes.set_xticks(range(len(columns)), [plain(words[k]) for k in columns], rotation=45, ha="right", fontsize=7)
     axes.set_yticks(range(len(rows)), [plain(words[k]) for k in rows], fontsize=7)
@@ -64,32 +61,4 @@ def confusion_plot(words: Sequence[str], counts: NDArray[np.int64]) -> str:
         axes.text(x, y, int(counts[rows[y], columns[x]]), ha="center", va="center", fontsize=6, color=tone)
     axes.set(title="True regions by the word they were given", xlabel="given", ylabel="true")
     axes.grid(visible=False)
-    return _svg(figure)
-
-
-def _figure(size: tuple[float, float] = (5.2, 3.7)) -> tuple[Any, Any]:
-    require("matplotlib")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots()
-    axes.grid(alpha=0.3)
-    axes.set_axisbelow(True)
-    return figure, axes
-
-
-def plain(text: str) -> str:
-    """A name for matplotlib, which takes what stands between dollars for mathematics and hides labels after a line."""
-    return "\u200b" + text.encode(errors="backslashreplace").decode().replace("$", r"\$")
-
-
-def _svg(figure: Any) -> str:
-    import matplotlib
-
-    text = io.StringIO()
-    # Text stays text: it can be searched, and costs a fraction of its outlines.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dapo-edge"}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # the reader's browser brings the fonts
-        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    found = text.getvalue()
-    return found[found.index("<svg") :]
+    return as_svg(figure)

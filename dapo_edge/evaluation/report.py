@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from dapo_edge.data.loading import Loaded, Loader
 from dapo_edge.errors import SourceError
 from dapo_edge.evaluation.document import Results, mean_of
 from dapo_edge.evaluation.evaluate import DataSet, ImageResult, Line, all_images
+from dapo_edge.evaluation.page import coloured, environment, jpeg
 from dapo_edge.evaluation.plots import confusion_plot, curve_plot, score_plot
 from dapo_edge.evaluation.subject import Subject
 from dapo_edge.extras import require
@@ -24,8 +24,6 @@ from dapo_edge.structures import NORMAL, Inspection
 
 REPORT, DOCUMENT = "report.html", "eval.json"
 EXAMPLES = 8  # of each kind
-THUMBNAIL_PX = 320
-JPEG_QUALITY = 85
 
 TILES = (
     ("image_auroc", "image AUROC"), ("image_ap", "image AP"), ("pixel_auroc", "pixel AUROC"), ("aupro", "AUPRO"),
@@ -55,9 +53,9 @@ def write_report(
 
     `use_words(category)` sets the words that a category was evaluated with. Raises `OutputError`, `DependencyMissing`.
     """
-    environment = _environment()
     compare = document.get("compare")
-    html = environment.get_template("report.html.j2").render(
+    template = environment(Path(__file__).parent, signed=signed).get_template("report.html.j2")
+    html = template.render(
         title=f"{data.layout.name}: " + " against ".join(subject.recipe.name for subject in subjects),
         result=document,
         compare=compare,
@@ -74,20 +72,6 @@ def write_report(
         examples=_examples(document, subjects, results, data, use_words),
     )
     return write_atomically(path, html.encode(errors="backslashreplace"))
-
-
-def _environment() -> Any:
-    jinja2 = require("jinja2")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(percent=percent, signed=signed)
-    return environment
-
-
-def percent(share: float | None) -> str:
-    """`97.3`, or a dash where there is no number."""
-    return "–" if share is None else f"{100 * share:.1f}"
 
 
 def signed(share: float | None, metric: str) -> Any:
@@ -225,22 +209,7 @@ def _panels(loaded: Loaded, inspections: Sequence[Inspection]) -> list[tuple[str
     if loaded.types is not None:
         panels.append(("truth", np.repeat((loaded.types > 0).astype(np.uint8)[..., None] * 255, 3, axis=2)))
     names = ("map",) if len(inspections) == 1 else tuple(f"map {letter}" for letter in "AB")
-    panels += [(name, _coloured(found.anomaly_map)) for name, found in zip(names, inspections, strict=True)]
+    panels += [(name, coloured(found.anomaly_map)) for name, found in zip(names, inspections, strict=True)]
     if len(inspections) == 1:
         panels.append(("overlay", draw(image, inspections[0], banner=False)))
-    return [(name, _jpeg(panel, image.shape[:2])) for name, panel in panels]
-
-
-def _coloured(anomaly: NDArray[np.float32]) -> NDArray[np.uint8]:
-    cv2 = require("cv2")
-    found: NDArray[np.uint8] = cv2.applyColorMap(np.round(255 * np.clip(anomaly, 0, 1)).astype(np.uint8), 14)  # inferno
-    return found
-
-
-def _jpeg(picture: NDArray[np.uint8], shape: tuple[int, ...]) -> str:
-    """Base64 of a thumbnail with the image's own proportions."""
-    cv2, scale = require("cv2"), THUMBNAIL_PX / max(shape)
-    size = (max(1, round(shape[1] * scale)), max(1, round(shape[0] * scale)))
-    small = cv2.resize(picture, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
-    _, data = cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
-    return base64.b64encode(data.tobytes()).decode()
+    return [(name, jpeg(panel, image.shape)) for name, panel in panels]

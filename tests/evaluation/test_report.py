@@ -17,8 +17,9 @@ from painted import paint, save, subject, write_folder
 from dapo_edge.evaluation.document import document
 from dapo_edge.evaluation.evaluate import DataSet, _roc, evaluate
 from dapo_edge.evaluation.histograms import Curve
+from dapo_edge.evaluation.page import percent
 from dapo_edge.evaluation.plots import curve_plot
-from dapo_edge.evaluation.report import percent, signed, write_report
+from dapo_edge.evaluation.report import signed, write_report
 
 
 class Page(HTMLParser):
