@@ -13,9 +13,9 @@ from dapo_edge.errors import RecipeError
 
 # Every picture of the generated world has a number. Each purpose has a stretch of its own, and within it each seed.
 PRETRAINING = 0  # the first stretch is shared with `make_surface` called with small numbers of one's own
-TUNING, TEST, THRESHOLDS, GATE = range(1, 5)
+TUNING, TEST, THRESHOLDS, GATE, CALIBRATION = range(1, 6)
 _STRETCH, _SEED_BITS, PICTURES_PER_SEED = 2**44, 20, 2**24
-FREE_FROM = 5 * _STRETCH  # numbers that no purpose uses
+FREE_FROM = 6 * _STRETCH  # numbers that no purpose uses
 
 
 def first_picture(purpose: int, seed: int, count: int) -> int:

@@ -1,0 +1,117 @@
+"""`dapo-edge calibrate`: the activation ranges that INT8 needs, measured on the line's own frames."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dapo_edge.terminal import (
+    PACKAGE_PATH,
+    as_json,
+    interrupt,
+    print_json,
+    print_rich,
+    progress_bar,
+    say,
+    stop_on_signals,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from dapo_edge.calibration.ranges import ActivationRanges
+    from dapo_edge.config import Recipe
+
+MOST_ROWS = 8
+USUAL, REST = "percentile_99.99", ("entropy", "mse")  # the estimator that outliers are measured by, and two more
+
+
+@click.command()
+@click.argument("recipe", type=PACKAGE_PATH)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write [calibration/<name>.ranges.json].")
+@click.option("--frames", metavar="SOURCE", help="Frames instead of the recipe's: folder, video, address or synthetic.")
+@click.option("--count", type=click.IntRange(8, 10_000), help="Frames at most; of more, a diverse subset is picked.")
+@as_json
+def calibrate(recipe: Path, output: Path | None, frames: str | None, count: int | None, json_output: bool) -> None:
+    """Measure how far the activations of RECIPE's encoder reach on the line's own frames, for INT8."""
+    from dapo_edge.calibration.ranges import SUFFIX
+    from dapo_edge.config import load_recipe
+    from dapo_edge.files import check_writable
+
+    loaded = _with_options(load_recipe(recipe), frames, count)
+    path = output or Path("calibration") / f"{loaded.name}{SUFFIX}"
+    check_writable(path.parent)
+    ranges = _measured(loaded)
+    ranges.write(path)
+    if json_output:
+        print_json(_document(ranges, path))
+    else:
+        print_rich(_widest(ranges))
+    seen = ranges.frames
+    say(
+        f"{path}: {len(ranges.linears)} Linears over {seen.used} frames ({seen.offered} looked at, "
+        f"{seen.unreadable} unreadable, {seen.constant} without contrast)"
+    )
+    say(f"for the recipe: {_recipe_line(loaded, recipe, path)}")
+
+
+def _with_options(recipe: Recipe, frames: str | None, count: int | None) -> Recipe:
+    """The recipe with what the command line says instead."""
+    given = {"frames": frames, "count": count}
+    changes = {key: value for key, value in given.items() if value is not None}
+    return recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update=changes)})
+
+
+def _measured(recipe: Recipe) -> ActivationRanges:
+    from dapo_edge.calibration.run import calibrate as calibrate_recipe
+
+    with progress_bar() as progress, stop_on_signals(interrupt) as received:
+
+        def step(name: str, done: int, of: int) -> None:
+            if received:  # raised where foreign code swallowed it
+                raise KeyboardInterrupt
+            progress(name, done, of)
+
+        try:
+            return calibrate_recipe(recipe, step)
+        except Exception:
+            if received:  # an interrupt in the middle of an import comes out as an import error
+                raise KeyboardInterrupt from None
+            raise
+
+
+def _document(ranges: ActivationRanges, path: Path) -> dict[str, Any]:
+    """What `--json` prints: the file without channels and histograms."""
+    fields = ranges.model_dump(mode="json", exclude={"linears"})
+    linears = {name: dict(linear.estimates) for name, linear in ranges.linears.items()}
+    return {"schema": "dapo-edge calibrate 1", "file": str(path), **fields, "linears": linears}
+
+
+def _widest(ranges: ActivationRanges) -> Table:
+    """The Linears whose outliers reach farthest beyond nearly all of their values."""
+    from rich.table import Table
+
+    spread = {name: linear.max / linear.estimates[USUAL] for name, linear in ranges.linears.items()}
+    table = Table("widest outliers", "max", "99.99 %", "times", *REST, box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name in sorted(spread, key=lambda name: -spread[name])[:MOST_ROWS]:
+        shown = (ranges.linears[name].estimates[key] for key in ("max", USUAL, *REST))
+        largest, usual, *rest = (f"{value:.3g}" for value in shown)
+        table.add_row(name, largest, usual, f"{spread[name]:.2f}", *rest)
+    return table
+
+
+def _recipe_line(recipe: Recipe, origin: Path, path: Path) -> str:
+    """The recipe's calibration section in one line; its paths are relative to the recipe's folder."""
+    import yaml
+
+    folder = origin.resolve().parent
+    frames = recipe.calibration.frames
+    if frames is not None and Path(frames).exists():
+        frames = os.path.relpath(Path(frames).resolve(), folder)
+    section = {"frames": frames, "ranges": os.path.relpath(path.resolve(), folder)}
+    return yaml.safe_dump({"calibration": section}, default_flow_style=None, width=10_000, allow_unicode=True).strip()
