@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dapo_edge import __version__
+from dapo_edge.cli_calibrate import calibrate
 from dapo_edge.cli_compile import compile_
 from dapo_edge.cli_eval import evaluate
 from dapo_edge.cli_workshop import build, demo, synth, tune
@@ -23,6 +24,7 @@ from dapo_edge.errors import DapoEdgeError, OutputError, SourceError
 from dapo_edge.extras import named_extras
 from dapo_edge.terminal import (
     PACKAGE_PATH,
+    PRECISION,
     ReaderGone,
     as_json,
     fail,
@@ -48,9 +50,7 @@ backend_option = click.option(
     show_default=True,
     help="Engine that runs the package: openvino, or tensorrt after dapo-edge compile.",
 )
-precision_option = click.option(
-    "--precision", type=click.Choice(["fp32", "fp16"]), help="Override the package's precision."
-)
+precision_option = click.option("--precision", type=PRECISION, help="Override the package's precision.")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -103,7 +103,7 @@ def commands() -> None:
     """Build CLIP defect-map engines and run them on camera frames."""
 
 
-for _command in (build, compile_, tune, evaluate, synth, demo):
+for _command in (build, calibrate, compile_, tune, evaluate, synth, demo):
     commands.add_command(_command)
 
 

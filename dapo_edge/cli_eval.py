@@ -16,6 +16,7 @@ from dapo_edge.files import as_bytes, check_writable, write_atomically
 from dapo_edge.terminal import (
     LAYOUT_NAMES,
     PACKAGE_PATH,
+    PRECISION,
     as_json,
     interrupt,
     map_size_option,
@@ -52,8 +53,8 @@ MOST_WORKERS = 4
     "--backend", help="Engine for a package: openvino, tensorrt or eager. [openvino; a recipe is always eager]"
 )
 @click.option("--compare-backend", help="Engine for the second package. [openvino]")
-@click.option("--precision", type=click.Choice(["fp32", "fp16"]), help="Override the package's precision.")
-@click.option("--compare-precision", type=click.Choice(["fp32", "fp16"]), help="The same for the second one. [its own]")
+@click.option("--precision", type=PRECISION, help="Override the package's precision.")
+@click.option("--compare-precision", type=PRECISION, help="The same for the second one. [its own]")
 @map_size_option
 @click.option("--workers", type=click.IntRange(0, 64), help="Processes that read images. [cores - 1, at most 4]")
 @as_json

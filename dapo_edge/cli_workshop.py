@@ -26,12 +26,25 @@ from dapo_edge.terminal import (
 @click.command()
 @click.argument("recipe", required=False, type=PACKAGE_PATH)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Package to write [engines/<name>.dapo].")
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "int8", "auto"]),
+    help="Override the recipe's; auto takes the fastest here that passes the accuracy gate.",
+)
 @click.option("--schema", is_flag=True, help="Print the recipe's JSON schema and end.")
 @click.option("--print-demo-recipe", is_flag=True, help="Print the demo recipe and end.")
 @as_json
-def build(recipe: Path | None, output: Path | None, schema: bool, print_demo_recipe: bool, json_output: bool) -> None:
+def build(
+    recipe: Path | None,
+    output: Path | None,
+    precision: str | None,
+    schema: bool,
+    print_demo_recipe: bool,
+    json_output: bool,
+) -> None:
     """Compile RECIPE (YAML) into an engine package."""
     from dapo_edge.config import load_recipe, recipe_schema
+    from dapo_edge.package import REPORT_PAGE
 
     if schema:
         print_text(recipe_schema())
@@ -41,10 +54,16 @@ def build(recipe: Path | None, output: Path | None, schema: bool, print_demo_rec
         return
     if recipe is None:
         raise RecipeError("no recipe given", "Name a YAML file; start from: dapo-edge build --print-demo-recipe")
-    package = _build_with_progress(load_recipe(recipe), output)
+    loaded = load_recipe(recipe)
+    package = _build_with_progress(loaded.model_copy(update={"precision": precision or loaded.precision}), output)
+    report = package.report()
     if json_output:
-        print_json({"package": str(package.path), "digest": package.digest, "report": package.report()})
-    say(f"built {package.path}")
+        print_json({"package": str(package.path), "digest": package.digest, "report": report})
+    else:
+        from dapo_edge.tables import precision_table
+
+        print_rich(precision_table(report))
+    say(f"built {package.path} ({package.manifest.precision}); the whole report: {package.path / REPORT_PAGE}")
 
 
 @click.command()

@@ -37,6 +37,30 @@ def bench_table(result: dict[str, Any]) -> Group:
     )
 
 
+def precision_table(report: dict[str, Any]) -> Table:
+    """What the accuracy gate measured of each precision of a package."""
+    columns = ("encoder ms", "faster", "MB", "map mean", "map max", "types", "flips", "image AUROC", "AUPRO", "gate")
+    table = Table("precision", *columns, box=None, pad_edge=False)
+    for column in table.columns[1:-1]:
+        column.justify = "right"
+    precisions = report["precisions"]
+    for name, found in precisions.items():
+        drops = found["drops"] or {}
+        table.add_row(
+            Text(f"{name} ({found['runs_as']})", "bold" if name == report["precision"] else ""),
+            f"{found['encode_ms']:.1f}",
+            f"{precisions['fp32']['encode_ms'] / found['encode_ms']:.2f}x",
+            f"{found['size_bytes'] / 1e6:.0f}",
+            f"{found['map_difference_mean']:.2g}",
+            f"{found['map_difference_max']:.2g}",
+            f"{found['type_agreement']:.2%}",
+            "-" if found["flips"] is None else f"{found['flips']:.2%}",
+            *("-" if drops.get(key) is None else f"{-100 * drops[key]:+.2f}" for key in ("image_auroc", "aupro")),
+            Text("passed" if not found["failed"] else "; ".join(found["failed"]), "red" if found["failed"] else ""),
+        )
+    return table
+
+
 def demo_table(result: dict[str, Any]) -> Group:
     """The `demo` document."""
     summary, confusion = result["summary"], result["confusion"]

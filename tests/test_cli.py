@@ -151,7 +151,7 @@ def test_package_and_source_errors(package: EnginePackage, package_copy: Path, t
     refused(5, "No such file", result=dapo_edge("run", package.path, tmp_path / "none.png"))
     (tmp_path / "video.mp4").write_bytes(b"not a video")
     refused(5, "video.mp4", result=dapo_edge("run", package.path, tmp_path / "video.mp4"))
-    blocked = dapo_edge("run", package.path, "synthetic://?frames=1", "--out", package.encoder_path / "sub")
+    blocked = dapo_edge("run", package.path, "synthetic://?frames=1", "--out", package.encoder_path() / "sub")
     refused(1, "can't be written", result=blocked)
     refused(2, "not a map size", result=dapo_edge("run", package.path, "synthetic://", "--map-size", "0x5"))
     encoder = package_copy / "encoder.onnx"

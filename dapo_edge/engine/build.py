@@ -5,27 +5,31 @@ from __future__ import annotations
 import contextlib
 import datetime
 import importlib.metadata
-import itertools
 import json
-import logging
 import platform
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from dapo_edge import __version__, gate
-from dapo_edge.backends.base import Backend
-from dapo_edge.backends.openvino import OpenVinoBackend
+from dapo_edge.backends.openvino import OpenVinoBackend, fast_float_type
+from dapo_edge.calibration.ranges import ActivationRanges
+from dapo_edge.calibration.run import recording_of
 from dapo_edge.calibration.thresholds import threshold_at
 from dapo_edge.config import Recipe
 from dapo_edge.data import protocol
 from dapo_edge.device import cpu_name
 from dapo_edge.engine.export import export_encoder
 from dapo_edge.engine.frames import build_frames
-from dapo_edge.engine.ranges import RangeProbe
-from dapo_edge.engine.reference_data import RecordingBackend
-from dapo_edge.errors import BackendError, RecipeError
+from dapo_edge.engine.gate_frames import check_gate_frames
+from dapo_edge.engine.int8 import Int8, build_int8, remove_int8
+from dapo_edge.engine.job import Job, Progress
+from dapo_edge.engine.judge import Judge, Judged
+from dapo_edge.engine.package_report import write_report
+from dapo_edge.engine.speed import encode_latencies, fastest
+from dapo_edge.errors import GateError, RecipeError
+from dapo_edge.extras import require
 from dapo_edge.folders import writing_to
 from dapo_edge.kernels.map_spec import MapSize, MapSpec
 from dapo_edge.models.method import Method, method_class, method_of
@@ -34,6 +38,7 @@ from dapo_edge.package import (
     PROMPTS,
     REFERENCE,
     REPORT,
+    REPORT_PAGE,
     SUFFIX,
     THRESHOLDS,
     EnginePackage,
@@ -41,24 +46,10 @@ from dapo_edge.package import (
     Preprocessing,
     Thresholds,
 )
-from dapo_edge.prompt_bank import PromptBank
-from dapo_edge.reference_data import ReferenceData
 
-REPORT_SCHEMA = "dapo-edge report 1"
+REPORT_SCHEMA = "dapo-edge report 2"
 MIN_CALIBRATION_FRAMES = 8
-
-Progress = Callable[[str, int, int], None]  # step in words, done, of
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, eq=False)
-class _Job:
-    recipe: Recipe
-    method: Method
-    bank: PromptBank
-    spec: MapSpec
-    progress: Progress
+REFUSED = ".refused.html"  # behind the package's name: the report of a build that the gate refused
 
 
 def build(
@@ -66,49 +57,51 @@ def build(
 ) -> EnginePackage:
     """Build an engine package at `destination` (default: engines/<name>.dapo), replacing an older one at the end.
 
-    Raises `RecipeError`, `DependencyMissing`, `GateError` or `OutputError`; then nothing is left behind and an older
-    package stays as it was.
+    Raises `RecipeError`, `DependencyMissing`, `GateError` or `OutputError`; then nothing is left behind but, where the
+    accuracy gate refused, its report (`<package>.refused.html`), and an older package stays as it was.
     """
     destination = Path(destination or Path("engines") / f"{recipe.name}{SUFFIX}")
     method_class(recipe.method)  # an unknown one shows before anything is written
     _check_inputs(recipe)
     with PackageWriter(destination) as writer:
-        on_progress("loading the backbone", 0, 1)
-        method = method_of(recipe)
-        on_progress("encoding the words", 0, 1)
-        job = _Job(
-            recipe,
-            method,
-            method.bank(recipe.prompts.defects, recipe.prompts.object),
-            map_spec(recipe, method),
-            on_progress,
-        )
-        writer.write(PROMPTS, job.bank.to_bytes())
-        on_progress("exporting the encoder", 0, 1)
-        with writing_to(writer.folder / ENCODER):
-            export_encoder(method, writer.folder / ENCODER, recipe.batch)
-        writer.write(REPORT, b"{}")
-        writer.write(THRESHOLDS, _as_bytes(Thresholds().model_dump(mode="json")))
-        draft = writer.draft(_manifest_fields(job))
-        thresholds = _calibrated(job, draft)
+        job = _started(recipe, writer, on_progress)
+        thresholds = _calibrated(job, writer.draft(_manifest_fields(job, "fp32")))
         writer.write(THRESHOLDS, _as_bytes(thresholds.model_dump(mode="json")))
-        report, reference = _passed_gate(job, draft, thresholds)
-        writer.write(REPORT, _as_bytes(report))
-        writer.write(REFERENCE, reference.to_bytes())
+        judge = Judge(job, writer.draft(_manifest_fields(job, "fp32")), thresholds)
+        judged, int8 = _judged(job, writer, judge)
+        precision, document = _decided(job, writer, judge, judged, int8)
+        writer.write(REPORT, _as_bytes(document))
+        with writing_to(writer.folder / REPORT_PAGE):
+            write_report(writer.folder / REPORT_PAGE, document, judge.examples)
+        writer.write(REFERENCE, judge.reference.to_bytes())
         on_progress("writing the package", 0, 1)
-        package = writer.commit(_manifest_fields(job))
+        package = writer.commit(_manifest_fields(job, precision))
+        with contextlib.suppress(OSError):
+            _refused_page(destination).unlink(missing_ok=True)
         on_progress("writing the package", 1, 1)
         return package
 
 
 def _check_inputs(recipe: Recipe) -> None:
-    """Look for every file that the recipe names, before minutes are spent. Raises `RecipeError` or `SourceError`."""
-    for key, path in (("backbone.checkpoint", recipe.backbone.checkpoint), ("prompts.tuned", recipe.prompts.tuned)):
+    """Look for everything that the recipe names, before minutes are spent.
+
+    Raises `RecipeError`, `SourceError` or `DependencyMissing`.
+    """
+    for package in ("jinja2", "matplotlib"):
+        require(package)
+    for key, path in (
+        ("backbone.checkpoint", recipe.backbone.checkpoint),
+        ("prompts.tuned", recipe.prompts.tuned),
+    ):
         if path is not None and not path.is_file():
             raise RecipeError(f"'{path}' does not exist", f"Check '{key}' in the recipe")
-    for frames in (recipe.thresholds.frames, recipe.gate.frames):
-        if frames is not None:
-            build_frames(frames, 1, good_only=True, seed=0)
+    if recipe.thresholds.frames is not None:
+        build_frames(recipe.thresholds.frames, 1, good_only=True, seed=0)
+    check_gate_frames(recipe.gate)
+    if recipe.precision in ("int8", "auto"):
+        recording_of(recipe.calibration, recipe.seed)
+        if recipe.calibration.ranges is not None:
+            ActivationRanges.read(recipe.calibration.ranges)
 
 
 def map_spec(recipe: Recipe, method: Method) -> MapSpec:
@@ -123,7 +116,23 @@ def map_spec(recipe: Recipe, method: Method) -> MapSpec:
     )
 
 
-def _manifest_fields(job: _Job) -> dict[str, Any]:
+def _started(recipe: Recipe, writer: PackageWriter, progress: Progress) -> Job:
+    """Load the method and write its words and its encoder."""
+    progress("loading the backbone", 0, 1)
+    method = method_of(recipe)
+    progress("encoding the words", 0, 1)
+    bank = method.bank(recipe.prompts.defects, recipe.prompts.object)
+    preprocessing = Preprocessing(mean=method.clip.mean, std=method.clip.std, resize="pillow-bicubic")
+    writer.write(PROMPTS, bank.to_bytes())
+    progress("exporting the encoder", 0, 1)
+    with writing_to(writer.folder / ENCODER):
+        export_encoder(method, writer.folder / ENCODER, recipe.batch)
+    writer.write(REPORT, b"{}")
+    writer.write(THRESHOLDS, _as_bytes(Thresholds().model_dump(mode="json")))
+    return Job(recipe, method, bank, map_spec(recipe, method), preprocessing, progress)
+
+
+def _manifest_fields(job: Job, precision: str) -> dict[str, Any]:
     recipe, method = job.recipe, job.method
     return {
         "name": recipe.name,
@@ -132,22 +141,25 @@ def _manifest_fields(job: _Job) -> dict[str, Any]:
         "weights": method.clip.weights,
         "trained": method.clip.trained,
         "tuned": method.tuned,
-        "precision": recipe.precision,
+        "precision": precision,
         "batch": recipe.batch,
         "image_size": method.image_size,
         "feature_layers": method.feature_layers,
         "dimensions": job.bank.dimensions,
         "map_size": recipe.map.size,
         "map": job.spec,
-        "preprocessing": Preprocessing(mean=method.clip.mean, std=method.clip.std, resize="pillow-bicubic"),
+        "preprocessing": job.preprocessing,
         "recipe": recipe.model_dump(mode="json"),
         "versions": _versions(),
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
 
-def _calibrated(job: _Job, draft: EnginePackage) -> Thresholds:
-    """Run the good frames through what will really run on the line, and set the limits behind them."""
+def _calibrated(job: Job, draft: EnginePackage) -> Thresholds:
+    """Run good frames through the FP32 encoder, which stands for all precisions, and set the limits behind them.
+
+    The gate then says of every other precision how many verdicts it changes at these very limits.
+    """
     wanted = job.recipe.thresholds
     if wanted.frames is None:
         return Thresholds()
@@ -159,7 +171,7 @@ def _calibrated(job: _Job, draft: EnginePackage) -> Thresholds:
             "Add more good parts, or set thresholds.frames: null to build without thresholds",
         )
     scores, highest = [], []
-    with _open(draft, job.recipe.precision, job.recipe.map.size) as backend:
+    with _open(draft, "fp32", job.recipe.map.size) as backend:
         for done, view in enumerate(views):
             job.progress("calibrating thresholds", done, len(views))
             batch = backend.infer([view])
@@ -174,49 +186,103 @@ def _calibrated(job: _Job, draft: EnginePackage) -> Thresholds:
     )
 
 
-def _passed_gate(job: _Job, draft: EnginePackage, thresholds: Thresholds) -> tuple[dict[str, Any], ReferenceData]:
-    """Compare FP32, and the recipe's precision, with eager torch. Raises `GateError`.
+def _judged(job: Job, writer: PackageWriter, judge: Judge) -> tuple[dict[str, Judged], Int8 | None]:
+    """Put every precision that the recipe may end in through the gate, from the most to the least precise.
 
-    Returns the report, and what a device needs to compare its own encoder with eager torch.
+    Raises `GateError` when FP32 is not what eager torch computes.
     """
-    recipe = job.recipe
-    first = protocol.first_picture(protocol.GATE, recipe.seed, recipe.gate.count)
-    views = build_frames(recipe.gate.frames, recipe.gate.count, good_only=False, seed=first)
-    done = itertools.count(1)
-    job.progress("accuracy gate", 0, len(views))
+    wanted = job.recipe.precision
+
+    def draft() -> EnginePackage:
+        return writer.draft(_manifest_fields(job, "fp32"))
+
+    floats = ["fp32"]
+    if wanted == "fp16" or (wanted == "auto" and fast_float_type()):
+        floats.append("fp16")
     with contextlib.ExitStack() as stack:
-        probe = _range_probe(draft)
-        eager = stack.enter_context(RecordingBackend(job.method, job.bank, job.spec, probe, len(views)))
-        compiled: dict[str, Backend] = {
-            precision: stack.enter_context(_open(draft, precision))
-            for precision in dict.fromkeys(("fp32", recipe.precision))
-        }
-        drifts, eager_ms = gate.measure_drift(
-            eager, compiled, views, thresholds, lambda: job.progress("accuracy gate", next(done), len(views))
-        )
-    gate.check_export(drifts["fp32"])
-    remedy = (
-        "Nothing was written. Build with precision: fp32, or widen the limits under 'gate' if the drift is acceptable"
-    )
-    gate.check_limits(f"precision {recipe.precision}", drifts[recipe.precision], recipe.gate, remedy)
-    report = {
+        judged = judge.judge({name: stack.enter_context(_open(draft(), name)) for name in floats})
+    gate.check_export(judged["fp32"].drift)
+    if wanted not in ("int8", "auto"):
+        return judged, None
+    int8 = build_int8(job, writer, draft, judge)
+    return {**judged, "int8": int8.judged}, int8
+
+
+def _decided(
+    job: Job, writer: PackageWriter, judge: Judge, judged: Mapping[str, Judged], int8: Int8 | None
+) -> tuple[str, dict[str, Any]]:
+    """The package's precision, and the report. Raises `GateError` if the one that was asked for fails."""
+    wanted = job.recipe.precision
+    passing = [name for name, found in judged.items() if not found.broken or name == "fp32"]
+    draft = writer.draft(_manifest_fields(job, "fp32"))
+    with contextlib.ExitStack() as stack:
+        opened = {name: stack.enter_context(_open(draft, name)) for name in judged}
+        job.progress("measuring the encoder's speed", 0, 1)
+        latencies = encode_latencies(opened, judge.frames[0].view)
+    precision = fastest({name: latencies[name] for name in passing}) if wanted == "auto" else wanted
+    sizes = {name: draft.encoder_path(name).stat().st_size for name in judged}
+    document = _document(job, judge, judged, int8, precision, latencies, sizes)
+    if precision not in passing:
+        _refuse(writer.destination, judge, judged[precision], int8, precision, document)
+    if int8 and "int8" not in passing:
+        remove_int8(writer)
+    return precision, document
+
+
+def _document(
+    job: Job,
+    judge: Judge,
+    judged: Mapping[str, Judged],
+    int8: Int8 | None,
+    precision: str,
+    latencies: Mapping[str, float],
+    sizes: Mapping[str, int],
+) -> dict[str, Any]:
+    recipe = job.recipe
+    return {
         "schema": REPORT_SCHEMA,
+        "name": recipe.name,
         "device": cpu_name(),
-        "reference": {"backend": "eager torch fp32", "encode_ms": eager_ms},
-        "frames": {"source": recipe.gate.frames, "count": len(views)},
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "precision": precision,
+        "reference": {
+            "backend": "eager torch fp32",
+            "encode_ms": judge.encode_ms,
+            "accuracy": asdict(judge.accuracy) if judge.accuracy else None,
+        },
+        "frames": {"source": recipe.gate.frames, "count": len(judge.frames), "labelled": judge.frames.labelled},
         "limits": recipe.gate.model_dump(mode="json"),
-        "precisions": {precision: asdict(drift) for precision, drift in drifts.items()},
+        "precisions": {
+            name: {
+                **asdict(found.drift),
+                "encode_ms": latencies[name],
+                "size_bytes": sizes[name],
+                "accuracy": asdict(found.accuracy) if found.accuracy else None,
+                "drops": asdict(found.drops) if found.drops else None,
+                "failed": list(found.broken),
+            }
+            for name, found in judged.items()
+        },
+        "quantization": int8.as_json() if int8 else None,
     }
-    return report, eager.recorded()
 
 
-def _range_probe(draft: EnginePackage) -> RangeProbe | None:
-    """What measures the activations, or None for an encoder that no GPU engine can be made of: a CPU still runs it."""
-    try:
-        return RangeProbe(draft.encoder_bytes())
-    except BackendError as error:
-        log.warning("this package will run on CPUs only: %s", error.cause)
-        return None
+def _refuse(
+    destination: Path, judge: Judge, found: Judged, int8: Int8 | None, precision: str, document: dict[str, Any]
+) -> None:
+    page = _refused_page(destination)
+    write_report(page, document, judge.examples)
+    hurting = f"; {int8.hurting}" if int8 and precision == "int8" else ""
+    more = " Other scales, or more of the line's own calibration frames, may pass." if hurting else ""
+    raise GateError(
+        f"precision {precision} failed the accuracy gate: {'; '.join(found.broken)}{hurting}",
+        f"No package was written, only the report '{page}'. Build with precision: fp32 or auto, or widen the limits "
+        f"under 'gate' if the drift is acceptable.{more}",
+    )
+
+
+def _refused_page(destination: Path) -> Path:
+    return destination.with_name(destination.name + REFUSED)
 
 
 def _open(draft: EnginePackage, precision: str, map_size: MapSize = "model") -> OpenVinoBackend:

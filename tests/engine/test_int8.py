@@ -1,0 +1,225 @@
+"""INT8 from recipe to package: what is searched, what is given back, and what happens when the gate refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dapo_edge import gate
+from dapo_edge.backends.openvino import OpenVinoBackend
+from dapo_edge.calibration.run import calibrate
+from dapo_edge.config import parse_recipe
+from dapo_edge.engine.build import REFUSED, build
+from dapo_edge.engine.int8 import fewest
+from dapo_edge.errors import GateError, RecipeError
+from dapo_edge.package import ENCODER_INT8, QUANTIZATION, REPORT_PAGE, EnginePackage
+
+# Seeded weights: probabilities are nearly equal everywhere, so the type of a pixel follows the smallest difference.
+LOOSE = {"count": 6, "min_type_agreement": 0.5}
+
+
+@pytest.fixture(scope="module")
+def int8_fields(tiny_fields: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **tiny_fields,
+        "precision": "int8",
+        "calibration": {"frames": "synthetic", "count": 8, "estimator": "percentile", "migration": 0.5},
+        "gate": LOOSE,
+    }
+
+
+@pytest.fixture(scope="module")
+def quantized(int8_fields: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> EnginePackage:
+    return build(parse_recipe(int8_fields), tmp_path_factory.mktemp("int8") / "tiny.dapo")
+
+
+@pytest.mark.parametrize("needed", [*range(9), None])
+def test_as_few_blocks_as_needed_are_given_back(needed: int | None) -> None:
+    tried: list[int] = []
+
+    def passes(count: int) -> bool:
+        tried.append(count)
+        return needed is not None and count >= needed
+
+    assert fewest(8, passes) == needed
+    assert len(tried) == len(set(tried)) <= 7
+    assert all(0 <= count <= 8 for count in tried)
+
+
+def test_a_package_in_int8(quantized: EnginePackage) -> None:
+    manifest, quantization = quantized.manifest, quantized.quantization()
+    assert manifest.precision == "int8"
+    assert quantization is not None
+    assert len(quantization.ranges) == 4 * 5
+    assert set(quantization.migrations) == {f"block{b}.{role}" for b in range(1, 6) for role in ("qkv", "out", "fc1")}
+    assert quantized.encoder_path("int8").stat().st_size < 0.5 * quantized.encoder_path("fp32").stat().st_size
+    report = quantized.report()
+    assert list(report["precisions"]) == ["fp32", "int8"]
+    found = report["precisions"]["int8"]
+    assert found["runs_as"].startswith("int8+")
+    assert 0 < found["map_difference_max"] < 0.3
+    assert found["failed"] == []
+    assert report["quantization"]["attempts"] == [{"given_back": 0, "failed": []}]
+    assert len(report["quantization"]["candidates"]) == 3
+    assert [entry["block"] for entry in report["quantization"]["sensitivity"]] == [1, 2, 3, 4, 5]
+    assert report["quantization"]["emulation_difference"] < 1e-3
+    page = (quantized.path / REPORT_PAGE).read_text(encoding="utf-8")
+    assert "block1" in page
+    assert "<svg" in page
+
+
+def test_it_runs_in_every_precision_of_the_cpu(quantized: EnginePackage, picture: Any) -> None:
+    with (
+        OpenVinoBackend.open(quantized, map_size="model") as own,
+        OpenVinoBackend.open(quantized, map_size="model", precision="fp32") as fp32,
+    ):
+        assert (own.precision.split("+")[0], fp32.precision) == ("int8", "fp32")
+        difference = np.abs(own.infer([picture]).anomaly - fp32.infer([picture]).anomaly)
+    assert 0 < difference.max() < 0.1
+
+
+def test_a_package_without_int8_says_so(package: EnginePackage) -> None:
+    with pytest.raises(RecipeError, match=r"holds no INT8 encoder.*precision: int8, or auto"):
+        OpenVinoBackend.open(package, map_size="model", precision="int8")
+    assert package.quantization() is None
+
+
+def test_same_recipe_gives_the_same_int8(quantized: EnginePackage, int8_fields: dict[str, Any], tmp_path: Path) -> None:
+    again = build(parse_recipe(int8_fields), tmp_path / "again.dapo")
+    for name in (ENCODER_INT8, QUANTIZATION):
+        assert again.manifest.files[name] == quantized.manifest.files[name], name
+
+
+def test_ranges_from_a_file_are_not_measured_again(
+    quantized: EnginePackage, int8_fields: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe = parse_recipe(int8_fields)
+    path = calibrate(recipe).write(tmp_path / "tiny.ranges.json")
+    steps: list[str] = []
+    fields = {**int8_fields, "calibration": {**int8_fields["calibration"], "ranges": str(path)}}
+    built = build(parse_recipe(fields), tmp_path / "x.dapo", lambda step, done, of: steps.append(step))
+    assert "measuring activations" not in steps
+    assert built.manifest.files[ENCODER_INT8] == quantized.manifest.files[ENCODER_INT8]
+    with pytest.raises(RecipeError, match="image size 96 px, the encoder has 64 px"):
+        build(parse_recipe({**fields, "image_size": 64}), tmp_path / "y.dapo")
+    content = json.loads(path.read_text())
+    content["linears"]["block1.qkv"]["estimates"]["max"] *= 2
+    path.write_text(json.dumps(content))
+    with pytest.raises(RecipeError, match="were edited or cut off"):
+        build(parse_recipe(fields), tmp_path / "y.dapo")
+    assert not (tmp_path / "y.dapo").exists()
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        ({}, "names no calibration frames"),
+        ({"frames": "synthetic", "keep": ["block6"]}, "'block6', which the encoder has not.*block1 to block5"),
+        ({"frames": "synthetic", "keep": [f"block{b}" for b in range(1, 6)]}, "leaves nothing to quantise"),
+        ({"frames": "/nowhere"}, "do not exist"),
+        ({"frames": "synthetic", "ranges": "/nowhere.json"}, "can't be read"),
+    ],
+)
+def test_recipes_that_cannot_be_calibrated(
+    int8_fields: dict[str, Any], calibration: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    fields = {**int8_fields, "calibration": {"count": 8, "estimator": "max", "migration": 0.0, **calibration}}
+    with pytest.raises(RecipeError, match=message):
+        build(parse_recipe(fields), tmp_path / "x.dapo")
+    assert not list(tmp_path.iterdir())
+
+
+def test_kept_linears_stay_in_float(int8_fields: dict[str, Any], tmp_path: Path) -> None:
+    calibration = {"frames": "synthetic", "count": 8, "estimator": "max", "migration": 0.0}
+    fields = {**int8_fields, "calibration": {**calibration, "keep": ["block2", "block4.fc1"]}}
+    quantization = build(parse_recipe(fields), tmp_path / "x.dapo").quantization()
+    assert quantization is not None
+    assert set(quantization.kept) == {"block2.qkv", "block2.out", "block2.fc1", "block2.fc2", "block4.fc1"}
+    assert set(quantization.kept.values()) == {"asked for in the recipe"}
+    assert len(quantization.ranges) == 15
+
+
+def test_what_the_gate_refuses_leaves_its_report_only(
+    int8_fields: dict[str, Any], package_copy: Path, quantized: EnginePackage
+) -> None:
+    impossible = {**int8_fields, "gate": {**LOOSE, "max_map_difference": 1e-7}}
+    before = EnginePackage.open(package_copy).digest
+    with pytest.raises(GateError, match=r"precision int8 failed .*blocks that INT8 hurts most") as caught:
+        build(parse_recipe(impossible), package_copy)
+    assert caught.value.exit_code == 4
+    page = package_copy.with_name(package_copy.name + REFUSED)
+    assert str(page) in str(caught.value)
+    assert "map difference" in page.read_text(encoding="utf-8")
+    assert EnginePackage.open(package_copy).digest == before
+    assert sorted(path.name for path in package_copy.parent.iterdir()) == [package_copy.name, page.name]
+    build(parse_recipe({**int8_fields, "precision": "fp32"}), package_copy)
+    assert not page.exists(), "the report of an older refusal would mislead"
+
+
+def test_harmful_blocks_are_given_back_until_the_gate_passes(
+    int8_fields: dict[str, Any], quantized: EnginePackage, tmp_path: Path
+) -> None:
+    """A limit between what all blocks and what fewer blocks in INT8 do to the mean of the map."""
+    whole = quantized.report()["precisions"]["int8"]["map_difference_mean"]
+    fields = {**int8_fields, "gate": {**LOOSE, "max_mean_map_difference": 0.8 * whole}}
+    package = build(parse_recipe(fields), tmp_path / "x.dapo")
+    report, quantization = package.report(), package.quantization()
+    assert quantization is not None
+    section = report["quantization"]
+    assert section["attempts"][0]["failed"], "with all blocks it must fail"
+    assert 1 <= len(section["given_back"]) <= 4
+    harms = {entry["block"]: entry["harm"] for entry in section["sensitivity"]}
+    assert section["given_back"] == sorted(harms, key=lambda block: -harms[block])[: len(section["given_back"])]
+    assert {name.split(".")[0] for name in quantization.kept} == {f"block{block}" for block in section["given_back"]}
+    assert report["precisions"]["int8"]["map_difference_mean"] <= 0.8 * whole
+
+
+def test_auto_takes_what_is_fastest_of_what_passes(
+    int8_fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {**int8_fields, "precision": "auto"}
+    milliseconds = {"fp32": 10.0, "fp16": 9.0, "int8": 5.0}
+
+    def measured(backends: Any, view: Any) -> dict[str, float]:
+        return {name: milliseconds[name] for name in backends}
+
+    monkeypatch.setattr("dapo_edge.engine.build.encode_latencies", measured)
+    fast = build(parse_recipe(fields), tmp_path / "fast.dapo")
+    assert fast.manifest.precision == "int8"
+    milliseconds["int8"] = 9.9
+    slow = build(parse_recipe(fields), tmp_path / "slow.dapo")
+    assert slow.manifest.precision in ("fp32", "fp16")
+    assert ENCODER_INT8 in slow.manifest.files, "it passed: another device may find it faster"
+    milliseconds["int8"] = 1.0
+    strict = {**fields, "gate": {**LOOSE, "max_map_difference": 1e-7}}
+    refused = build(parse_recipe(strict), tmp_path / "refused.dapo")
+    assert refused.manifest.precision == "fp32"
+    assert ENCODER_INT8 not in refused.manifest.files
+    assert refused.report()["precisions"]["int8"]["failed"]
+
+
+def test_a_cpu_that_computes_int8_otherwise_is_found_out(
+    quantized: EnginePackage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DAPO_EDGE_CACHE", str(tmp_path))
+    with OpenVinoBackend.open(quantized, map_size="model"):
+        pass
+    monkeypatch.setenv("DAPO_EDGE_CACHE", str(tmp_path / "other"))
+    monkeypatch.setattr(gate, "INT8_LIMITS", (1e-7, 1e-7))
+    with pytest.raises(GateError, match=r"INT8 on this CPU .* failed .*--precision fp32"):
+        OpenVinoBackend.open(quantized, map_size="model")
+    with pytest.raises(GateError):
+        OpenVinoBackend.open(quantized, map_size="model")
+
+
+def test_a_runtime_fault_is_no_matter_of_scales(
+    int8_fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dapo_edge.engine.int8.emulation_difference", lambda *arguments: 0.01)
+    with pytest.raises(GateError, match="OpenVINO computes the INT8 encoder otherwise than ONNX defines it"):
+        build(parse_recipe(int8_fields), tmp_path / "x.dapo")
+    assert not list(tmp_path.iterdir())
