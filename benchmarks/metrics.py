@@ -22,6 +22,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from common import results_folder
 from numpy.typing import NDArray
 
 from dapo_edge.device import as_json, this_device
@@ -136,8 +137,7 @@ def main() -> None:
         "ratio": theirs_s["all_s"] / seconds,
         "peak_memory_mb": memory,
     }
-    folder = re.sub(r"[^a-z0-9]+", "-", f"{device.cpu} {device.cores} cores".lower()).strip("-")
-    out = arguments.out or Path(__file__).parent / "results" / folder / "metrics.json"
+    out = arguments.out or results_folder() / "metrics.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))

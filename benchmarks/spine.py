@@ -14,7 +14,6 @@ import argparse
 import datetime
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from common import DEMO_RECIPE, FRAME_SIZE, resident_mb, results_folder, say, vit_b16
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -36,44 +36,40 @@ from dapo_edge.backends.openvino import OpenVinoBackend
 from dapo_edge.bench import percentiles
 from dapo_edge.config import Recipe, load_recipe, parse_recipe
 from dapo_edge.data.belt import Belt
-from dapo_edge.data.surfaces import DEFECTS, make_surface
+from dapo_edge.data.surfaces import make_surface
 from dapo_edge.device import as_json, this_device
 from dapo_edge.models.eager import EagerBackend
 from dapo_edge.models.method import Method
 from dapo_edge.package import EnginePackage, Threshold, Thresholds
 from dapo_edge.prompt_bank import PromptBank
 
-HERE = Path(__file__).parent
-DEMO_RECIPE = HERE.parent / "dapo_edge" / "assets" / "surface-tiny.yaml"
-FRAME_SIZE = (1920, 1080)
 WARM, EAGER_FRAMES, OUR_FRAMES = 3, 5, 15
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     device = this_device()
-    folder = HERE / "results" / re.sub(r"[^a-z0-9]+", "-", f"{device.cpu} {device.cores} cores".lower()).strip("-")
-    parser.add_argument("--out", type=Path, default=folder / "spine.json")
+    parser.add_argument("--out", type=Path, default=results_folder() / "spine.json")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--full-size", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         demo = build(load_recipe(DEMO_RECIPE), Path(scratch) / "demo.dapo")
-        vit = build(_vit_b16(), Path(scratch) / "vit-b16.dapo")
+        vit = build(vit_b16(), Path(scratch) / "vit-b16.dapo")
         result = {
             "schema": "dapo-edge spine 1",
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "command": f"python benchmarks/spine.py --rounds {arguments.rounds}{' --full-size' * arguments.full_size}",
             "device": as_json(device),
-            "start_up": _say("start-up", start_up(demo)),
-            "parity": _say("parity", {"surface-tiny": parity(demo, 8), "ViT-B-16": parity(vit, 8)}),
-            "vit_b16_224_1080p": _say("ViT-B/16", against_eager(vit, arguments.rounds)),
-            "memory": _say("memory", memory(demo)),
-            "belt": _say("belt", {precision: belt(demo, precision) for precision in ("fp32", "fp16")}),
+            "start_up": say("start-up", start_up(demo)),
+            "parity": say("parity", {"surface-tiny": parity(demo, 8), "ViT-B-16": parity(vit, 8)}),
+            "vit_b16_224_1080p": say("ViT-B/16", against_eager(vit, arguments.rounds)),
+            "memory": say("memory", memory(demo)),
+            "belt": say("belt", {precision: belt(demo, precision) for precision in ("fp32", "fp16")}),
         }
         if arguments.full_size:
             released = build(_released(), Path(scratch) / "released.dapo")
-            result["parity"]["ViT-L-14-336-quickgelu at 518 px"] = _say("full size", parity(released, 1))
+            result["parity"]["ViT-L-14-336-quickgelu at 518 px"] = say("full size", parity(released, 1))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"written: {arguments.out}", file=sys.stderr)
@@ -196,10 +192,10 @@ def memory(package: EnginePackage, frames: int = 2000) -> dict[str, float]:
         world = Belt((640, 480), seed=3)
         for index in range(100):
             inspector.inspect(world.frame(index).image)
-        before = _resident_mb()
+        before = resident_mb()
         for index in range(100, 100 + frames):
             inspector.inspect(world.frame(index).image)
-        return {"frames": frames, "resident_mb": before, "growth_mb": _resident_mb() - before}
+        return {"frames": frames, "resident_mb": before, "growth_mb": resident_mb() - before}
 
 
 def belt(package: EnginePackage, precision: str, frames: int = 200) -> dict[str, Any]:
@@ -236,18 +232,6 @@ def _usual_pipeline(
     return run
 
 
-def _vit_b16() -> Recipe:
-    return parse_recipe(
-        {
-            "name": "vit-b16-224",
-            "backbone": {"model": "ViT-B-16"},
-            "feature_layers": [3, 6, 9, 12],
-            "prompts": {"defects": list(DEFECTS)},
-            "gate": {"count": 2},
-        }
-    )
-
-
 def _released() -> Recipe:
     return parse_recipe(
         {
@@ -273,15 +257,6 @@ def _time(call: Callable[[int], object], frames: int) -> list[float]:
 
 def _median(measure: Callable[[], float], times: int = 5) -> float:
     return round(statistics.median(measure() for _ in range(times)), 1)
-
-
-def _resident_mb() -> float:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-def _say(what: str, value: dict[str, Any]) -> dict[str, Any]:
-    print(f"{what}: {json.dumps(value)}", file=sys.stderr)
-    return value
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ each on its share of the cores.
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -18,10 +17,10 @@ from typing import Any
 
 import click
 import torch
+from common import results_folder
 from threadpoolctl import threadpool_limits
 
 from dapo_edge.config import Stage, TuningPlan
-from dapo_edge.device import this_device
 from dapo_edge.evaluation.comparison import VARIANTS, Comparison, claims, markdown
 from dapo_edge.evaluation.figures import FIVE, draw_ablation, draw_maps, draw_tuning, draw_world
 from dapo_edge.models.clip import load_clip
@@ -53,9 +52,7 @@ def main(
     out: Path | None,
 ) -> None:
     """Run what is missing, then print the table."""
-    device = this_device()
-    folder = HERE / "results" / re.sub(r"[^a-z0-9]+", "-", f"{device.cpu} {device.cores} cores".lower()).strip("-")
-    out = out or folder / "surfaces-v1.json"
+    out = out or results_folder() / "surfaces-v1.json"
     unknown = set(only.split(",")) - set(VARIANTS)
     if unknown:
         raise click.BadParameter(f"unknown: {', '.join(unknown)}; use {', '.join(VARIANTS)}", param_hint="--only")
