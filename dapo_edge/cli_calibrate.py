@@ -109,9 +109,11 @@ def _recipe_line(recipe: Recipe, origin: Path, path: Path) -> str:
     """The recipe's calibration section in one line; its paths are relative to the recipe's folder."""
     import yaml
 
+    from dapo_edge.config import SYNTHETIC
+
     folder = origin.resolve().parent
     frames = recipe.calibration.frames
-    if frames is not None and Path(frames).exists():
-        frames = os.path.relpath(Path(frames).resolve(), folder)
+    if frames != SYNTHETIC and Path(str(frames)).exists():
+        frames = os.path.relpath(Path(str(frames)).resolve(), folder)
     section = {"frames": frames, "ranges": os.path.relpath(path.resolve(), folder)}
     return yaml.safe_dump({"calibration": section}, default_flow_style=None, width=10_000, allow_unicode=True).strip()

@@ -65,7 +65,7 @@ def test_one_document_on_stdout(recipe_file: Path, tmp_path: Path) -> None:
     assert (found["schema"], found["file"]) == ("dapo-edge calibrate 1", str(tmp_path / "new" / "r.json"))
     assert list(found["linears"]) == LINEARS
     assert tuple(found["linears"]["block1.qkv"]) == ESTIMATORS
-    assert [found["frames"][key] for key in ("offered", "unreadable", "used", "not_picked")] == [32, 1, 8, 23]
+    assert [found["frames"][key] for key in ("offered", "unreadable", "used", "not_picked")] == [24, 1, 8, 15]
     assert "1.png" in done.stderr
     assert f"frames: {os.path.relpath(frames, recipe_file.parent)}" in done.stderr
     assert not (tmp_path / "calibration").exists()

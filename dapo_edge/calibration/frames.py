@@ -18,7 +18,7 @@ from dapo_edge.runtime.sources import Source, open_source, redact
 from dapo_edge.structures import Frame
 
 FEWEST, ADVISED = 8, 32  # usable frames: below the first no calibration, below the second a warning
-OFFERED_PER_FRAME = 4  # how many frames of a recording are looked at for each one that is wanted
+OFFERED_PER_FRAME = 3  # how many frames of a recording are looked at for each one that is wanted
 LOWEST_CONTRAST = 1.0  # standard deviation in grey levels; a covered lens has less, the plainest part more
 _CHECK = "Check calibration.frames in the recipe, or --frames"
 

@@ -103,7 +103,6 @@ def ranges_over(
     views = _counted(views, "measuring activations", expected, on_progress)
     measured = measure_ranges(encoder.model, encoder.preprocessing, views, size)
     _check_variety(recording.source, measured)
-    versions = {package: importlib.metadata.version(package) for package in ("openvino", "numpy", "pillow")}
     return ActivationRanges(
         weights=digest,
         backbone=encoder.backbone,
@@ -119,12 +118,18 @@ def ranges_over(
             similarity=round(measured.similarity, 4),
         ),
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        versions={"dapo-edge": __version__, **versions},
+        versions=_versions(),
         linears=measured.linears,
     )
 
 
+def _versions() -> dict[str, str]:
+    packages = ("openvino", "numpy", "pillow")
+    return {"dapo-edge": __version__, **{package: importlib.metadata.version(package) for package in packages}}
+
+
 def _picked(offered: Iterable[Resized], count: int, encoder: EncoderUnderTest) -> list[Resized]:
+    """In a function of its own, so that this compiled encoder is gone before the next one is made."""
     embedder = Embedder(encoder.model, encoder.preprocessing)
     return diverse_subset(offered, count, embedder, embedder.batch)
 
