@@ -66,6 +66,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
     parser.add_argument("--out", type=Path, help="folder of the result")
     parser.add_argument("--parts", type=_part_names, metavar=",".join(PARTS), help="only these (default: all that can)")
+    precisions = ("fp32", "fp16", "int8")
+    parser.add_argument("--precision", choices=precisions, default="fp16", help="of the package's target")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--package", type=Path, help="a package with a target for this GPU")
     which.add_argument("--encoder", type=Path, help="what gpu_encoder.py wrote; compiled first")
@@ -121,7 +123,7 @@ def _torch(name: str, machine: Bench, workload: Workload, effort: Effort) -> Ste
 def _tensorrt(options: argparse.Namespace, workload: Workload, effort: Effort) -> Steps:
     from gpu_tensorrt import tensorrt_part
 
-    yield from tensorrt_part(options.package, options.encoder, workload, effort)
+    yield from tensorrt_part(options.package, options.encoder, options.precision, workload, effort)
 
 
 def _gpu_name() -> str:

@@ -17,6 +17,7 @@ from gpu_measure import Effort, Steps, Workload, series
 from numpy.typing import NDArray
 from works import MEAN, STD
 
+from dapo_edge import gate
 from dapo_edge.backends.recorded import RecordedBackend
 from dapo_edge.backends.tensorrt import TensorRtBackend
 from dapo_edge.backends.tensorrt_compile import compile_package
@@ -35,15 +36,16 @@ from dapo_edge.package import (
 from dapo_edge.prompt_bank import PromptBank
 from dapo_edge.reference_data import ReferenceData
 
-PRECISION = "fp16"
 SEEDED = "ViT, seeded weights of benchmarks/gpu_encoder.py"
 
 
-def tensorrt_part(package: Path | None, encoder: Path | None, workload: Workload, effort: Effort) -> Steps:
+def tensorrt_part(
+    package: Path | None, encoder: Path | None, precision: str, workload: Workload, effort: Effort
+) -> Steps:
     """Stages, whole call and launch of a compiled package, or of an encoder that is compiled first, at batch 1."""
-    with _package(package, encoder, workload) as opened:
+    with _package(package, encoder, precision, workload) as opened:
         manifest = opened.manifest
-        with TensorRtBackend.open(opened, map_size="model", precision=PRECISION) as backend:
+        with TensorRtBackend.open(opened, map_size="model", precision=precision) as backend:
             checked = check(opened, backend)
             yield {
                 "package": {
@@ -54,7 +56,7 @@ def tensorrt_part(package: Path | None, encoder: Path | None, workload: Workload
                 },
                 "runs_on": backend.device,
                 "precision": backend.precision,
-                "target": _target(opened),
+                "target": _target(opened, precision),
                 "checked": checked,
             }
             measured = timed(backend, workload, effort)
@@ -68,7 +70,7 @@ def check(package: EnginePackage, backend: TensorRtBackend) -> dict[str, float]:
     data = package.reference()
     if data is None:
         raise SystemExit(f"'{package.path}' carries no reference: build it again")
-    limit = packaged_recipe(package.manifest.recipe).gate.max_map_difference
+    limit, _ = gate.largest_differences(packaged_recipe(package.manifest.recipe).gate, backend.precision)
     recorded, largest = RecordedBackend(package, data), 0.0
     for view in data.views:
         for _ in range(2):  # plainly, then as a graph
@@ -122,14 +124,14 @@ def launches(backend: TensorRtBackend, effort: Effort) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def _package(package: Path | None, encoder: Path | None, workload: Workload) -> Iterator[EnginePackage]:
+def _package(package: Path | None, encoder: Path | None, precision: str, workload: Workload) -> Iterator[EnginePackage]:
     if package is not None:
         yield EnginePackage.open(package)
         return
     assert encoder is not None
     with tempfile.TemporaryDirectory() as scratch:
         made = assemble(encoder, Path(scratch) / "seeded.dapo", workload)
-        compile_package(made, precision=PRECISION)
+        compile_package(made, precision=precision)
         yield made
 
 
@@ -164,7 +166,7 @@ def assemble(encoder: Path, destination: Path, workload: Workload) -> EnginePack
                 "weights": "seeded",
                 "trained": False,
                 "tuned": False,
-                "precision": PRECISION,
+                "precision": "fp16",
                 "batch": 1,
                 "image_size": shape.image_size,
                 "feature_layers": shape.taps,
@@ -179,11 +181,11 @@ def assemble(encoder: Path, destination: Path, workload: Workload) -> EnginePack
         )
 
 
-def _target(package: EnginePackage) -> dict[str, Any]:
+def _target(package: EnginePackage, precision: str) -> dict[str, Any]:
     """What the target says of itself: how it was built, and how much of it is fused."""
     from dapo_edge import targets
 
-    target = targets.best(package, targets.fingerprint_here(), PRECISION).target
+    target = targets.best(package, targets.fingerprint_here(), precision).target
     return {
         "fingerprint": target.fingerprint.model_dump(),
         "attention": target.attention.model_dump(),

@@ -174,9 +174,7 @@ def check_export(drift: Drift) -> None:
 
 def broken_limits(drift: Drift, drops: Drops | None, limits: Gate, precision: str) -> tuple[str, ...]:
     """The recipe's limits that a precision (fp32, fp16, int8) leaves, each in words; none when it passes."""
-    map_limit, score_limit = INT8_LIMITS if precision == "int8" else FLOAT_LIMITS
-    map_limit = limits.max_map_difference or map_limit
-    score_limit = limits.max_score_difference or score_limit
+    map_limit, score_limit = largest_differences(limits, precision)
     flips = drift.flips or 0.0
     kept = {
         f"map difference {drift.map_difference_max:.3g} > {map_limit}": drift.map_difference_max <= map_limit,
@@ -198,6 +196,12 @@ def broken_limits(drift: Drift, drops: Drops | None, limits: Gate, precision: st
         if drop is not None:
             kept[f"{what} drops by {drop:.4f} > {limit}"] = drop <= limit
     return _broken(kept)
+
+
+def largest_differences(limits: Gate, precision: str) -> tuple[float, float]:
+    """How far any map pixel and any image score may move in a precision: as the recipe says, else by default."""
+    map_limit, score_limit = INT8_LIMITS if precision == "int8" else FLOAT_LIMITS
+    return limits.max_map_difference or map_limit, limits.max_score_difference or score_limit
 
 
 def refuse(what: str, broken: Sequence[str], remedy: str) -> None:

