@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from works import MEAN, STD
 
 from dapo_edge.backends.onnx_flavours import measured_tensors
-from dapo_edge.engine.ranges import probed
+from dapo_edge.engine.range_probe import probed
 
 VIEWS = 4
 

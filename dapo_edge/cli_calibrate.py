@@ -8,16 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dapo_edge.terminal import (
-    PACKAGE_PATH,
-    as_json,
-    interrupt,
-    print_json,
-    print_rich,
-    progress_bar,
-    say,
-    stop_on_signals,
-)
+from dapo_edge.terminal import PACKAGE_PATH, as_json, interruptible_progress, print_json, print_rich, say
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -68,19 +59,8 @@ def _with_options(recipe: Recipe, frames: str | None, count: int | None) -> Reci
 def _measured(recipe: Recipe) -> ActivationRanges:
     from dapo_edge.calibration.run import calibrate as calibrate_recipe
 
-    with progress_bar() as progress, stop_on_signals(interrupt) as received:
-
-        def step(name: str, done: int, of: int) -> None:
-            if received:  # raised where foreign code swallowed it
-                raise KeyboardInterrupt
-            progress(name, done, of)
-
-        try:
-            return calibrate_recipe(recipe, step)
-        except Exception:
-            if received:  # an interrupt in the middle of an import comes out as an import error
-                raise KeyboardInterrupt from None
-            raise
+    with interruptible_progress() as progress:
+        return calibrate_recipe(recipe, progress)
 
 
 def _document(ranges: ActivationRanges, path: Path) -> dict[str, Any]:
@@ -106,14 +86,18 @@ def _widest(ranges: ActivationRanges) -> Table:
 
 
 def _recipe_line(recipe: Recipe, origin: Path, path: Path) -> str:
-    """The recipe's calibration section in one line; its paths are relative to the recipe's folder."""
+    """The whole calibration section in one line, as it takes the place of the recipe's own; without defaults.
+
+    Its paths are relative to the recipe's folder.
+    """
     import yaml
 
     from dapo_edge.config import SYNTHETIC
 
     folder = origin.resolve().parent
-    frames = recipe.calibration.frames
-    if frames != SYNTHETIC and Path(str(frames)).exists():
-        frames = os.path.relpath(Path(str(frames)).resolve(), folder)
-    section = {"frames": frames, "ranges": os.path.relpath(path.resolve(), folder)}
-    return yaml.safe_dump({"calibration": section}, default_flow_style=None, width=10_000, allow_unicode=True).strip()
+    section = recipe.calibration.model_dump(mode="json", exclude_defaults=True)
+    if section["frames"] != SYNTHETIC and Path(section["frames"]).exists():
+        section["frames"] = os.path.relpath(Path(section["frames"]).resolve(), folder)
+    section["ranges"] = os.path.relpath(path.resolve(), folder)
+    text = yaml.safe_dump(section, default_flow_style=True, sort_keys=False, width=10_000, allow_unicode=True)
+    return f"calibration: {text.strip()}"

@@ -13,13 +13,12 @@ from dapo_edge.terminal import (
     LAYOUT_NAMES,
     PACKAGE_PATH,
     as_json,
-    interrupt,
+    interruptible_progress,
     print_json,
     print_rich,
     print_text,
     progress_bar,
     say,
-    stop_on_signals,
 )
 
 
@@ -79,7 +78,7 @@ def tune(recipe: Path, output: Path | None, device: str, json_output: bool) -> N
 
     loaded = load_recipe(recipe)
     folder = output or Path("tuned") / loaded.name
-    with progress_bar() as progress, stop_on_signals(interrupt):
+    with interruptible_progress() as progress:
         run = tune_recipe(loaded, folder, progress, device=device)
     if json_output:
         print_json(result_json(run, folder))
@@ -161,19 +160,8 @@ def _demo_recipe_path() -> Path:
 def _build_with_progress(recipe: Any, output: Path | None) -> Any:
     from dapo_edge.engine.build import build as build_package
 
-    with progress_bar() as progress, stop_on_signals(interrupt) as received:
-
-        def step(name: str, done: int, of: int) -> None:
-            if received:  # raised where foreign code swallowed it
-                raise KeyboardInterrupt
-            progress(name, done, of)
-
-        try:
-            package = build_package(recipe, output, step)
-        except Exception:
-            if received:  # an interrupt in the middle of an import comes out as an import error
-                raise KeyboardInterrupt from None
-            raise
+    with interruptible_progress() as progress:
+        package = build_package(recipe, output, progress)
     if not package.manifest.tuned:
         say("note: the prompts are not tuned, so the maps follow the backbone alone ('prompts.tuned' in the recipe)")
     if not package.manifest.trained:

@@ -179,7 +179,7 @@ class Gate(Section):
         None, description="how the data set under 'frames' lies on disk; null = a plain folder without labels"
     )
     count: int | None = Field(
-        None, ge=1, le=10_000, description="how many frames; null = 8 in a float precision, 200 for int8 and auto"
+        None, ge=1, le=2_000, description="how many frames; null = 8 in a float precision, 200 for int8 and auto"
     )
     max_map_difference: float | None = Field(
         None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,16 @@ def as_bytes(content: Any) -> bytes:
 
 
 def check_writable(folder: Path) -> None:
-    """Make a folder and try to write into it. Raises `OutputError` now instead of after hours of work."""
+    """Try to write into a folder, and leave nothing behind, not even the folder where it was not there before.
+
+    Raises `OutputError` now instead of after hours of work.
+    """
+    missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     probe = folder / ".probe"
-    write_atomically(probe, b"")
-    probe.unlink(missing_ok=True)
+    try:
+        write_atomically(probe, b"")
+        probe.unlink(missing_ok=True)
+    finally:
+        for path in missing:
+            with contextlib.suppress(OSError):  # not made, or in use by now
+                path.rmdir()

@@ -23,6 +23,7 @@ from dapo_edge.quantization import Quantization
 from dapo_edge.reference_data import ReferenceData
 
 Precision = Literal["fp32", "fp16", "int8"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")  # from the most to the least precise
 FORMAT = 1
 SUFFIX = ".dapo"
 MANIFEST, ENCODER, PROMPTS = "manifest.json", "encoder.onnx", "prompts.safetensors"
@@ -91,8 +92,9 @@ class Manifest(_Part):
         missing = {ENCODER, PROMPTS, THRESHOLDS, REPORT} - files.keys()
         if missing:
             raise ValueError(f"{', '.join(sorted(missing))} does not belong to the package")
-        if (ENCODER_INT8 in files) != (QUANTIZATION in files):
-            raise ValueError(f"{ENCODER_INT8} and {QUANTIZATION} belong together")
+        of_int8 = {ENCODER_INT8, QUANTIZATION}
+        if files.keys() & of_int8 and not files.keys() >= of_int8 | {REFERENCE}:
+            raise ValueError(f"{ENCODER_INT8}, {QUANTIZATION} and {REFERENCE} belong together")
         return files
 
     @model_validator(mode="after")
@@ -153,7 +155,7 @@ class EnginePackage:
         """The portable encoder that runs in a precision. Raises `RecipeError` without INT8 in the package."""
         if precision != "int8":
             return self.path / ENCODER
-        if ENCODER_INT8 not in self.manifest.files:
+        if not self.holds_int8:
             raise RecipeError(
                 f"'{self.path}' holds no INT8 encoder", "Build it with precision: int8, or auto, in the recipe"
             )
@@ -165,20 +167,17 @@ class EnginePackage:
 
     def encoder_bytes(self, precision: str = "fp32") -> bytes:
         """The portable encoder that runs in a precision, read and verified in one go."""
-        path = self.encoder_path(precision)
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise PackageDamaged(f"'{path}' can't be read any more ({error})", _REBUILD) from error
-        if hashlib.sha256(data).hexdigest() != self.encoder_sha256(precision):
-            raise PackageDamaged(f"'{path}' was replaced after the package was opened", "Open it again")
-        return data
+        return self._verified_bytes(self.encoder_path(precision).name)
 
-    def quantization(self) -> Quantization | None:
-        """How the INT8 encoder came out of the FP32 one; None in a package without INT8."""
-        if QUANTIZATION not in self.manifest.files:
-            return None
-        return Quantization.read(self.path / QUANTIZATION)
+    @property
+    def holds_int8(self) -> bool:
+        """Whether there is an INT8 encoder."""
+        return ENCODER_INT8 in self.manifest.files
+
+    def quantization(self) -> Quantization:
+        """How the INT8 encoder came out of the FP32 one. Raises `RecipeError` without INT8 in the package."""
+        self.encoder_path("int8")
+        return Quantization.from_bytes(self._verified_bytes(QUANTIZATION), str(self.path / QUANTIZATION))
 
     def bank(self) -> PromptBank:
         """The prompt bank that the package was built with."""
@@ -215,6 +214,16 @@ class EnginePackage:
     def digest(self) -> str:
         """SHA-256 over the manifest, and so over every file: names this very package."""
         return _digest(self._json(MANIFEST))
+
+    def _verified_bytes(self, name: str) -> bytes:
+        path = self.path / name
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise PackageDamaged(f"'{path}' can't be read any more ({error})", _REBUILD) from error
+        if hashlib.sha256(data).hexdigest() != self.manifest.files[name].sha256:
+            raise PackageDamaged(f"'{path}' was replaced after the package was opened", "Open it again")
+        return data
 
     def _json(self, name: str) -> dict[str, Any]:
         try:

@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from dapo_edge.errors import PackageDamaged, PackageIncompatible
 
 _FORMAT = "dapo-edge quantization 1"
+_LENGTH = 8  # bytes in front of a safetensors file's header, which hold its length
 _REBUILD = "Copy the package again from where it was built, or build it again: dapo-edge build RECIPE"
 
 
@@ -64,26 +64,27 @@ class Quantization:
         return save({name: np.ascontiguousarray(m) for name, m in self.migrations.items()}, metadata=metadata)
 
     @classmethod
-    def read(cls, path: str | Path) -> Quantization:
-        """Read a description. Raises `PackageDamaged`, or `PackageIncompatible` for another format."""
-        from safetensors import SafetensorError, safe_open
+    def from_bytes(cls, data: bytes, origin: str) -> Quantization:
+        """Read a description's file; `origin` names it. Raises `PackageDamaged`, or `PackageIncompatible`."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
 
         try:
-            with safe_open(str(path), framework="numpy") as file:
-                words = json.loads((file.metadata() or {}).get("quantization", "{}"))
-                migrations = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, OSError, ValueError, RecursionError) as error:
-            raise PackageDamaged(f"the quantization '{path}' can't be read ({error})", _REBUILD) from error
+            header = json.loads(data[_LENGTH : _LENGTH + int.from_bytes(data[:_LENGTH], "little")])
+            words = json.loads(header["__metadata__"]["quantization"])
+            migrations = load(data)
+        except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise PackageDamaged(f"the quantization '{origin}' can't be read ({error})", _REBUILD) from error
         found = words.get("format", "unknown") if isinstance(words, dict) else "unknown"
         if found != _FORMAT:
             raise PackageIncompatible(
-                f"'{path}' is not a quantization of this version (format {found!r:.40})",
+                f"'{origin}' is not a quantization of this version (format {found!r:.40})",
                 "Build the package again with this dapo-edge",
             )
         try:
             return cls(words["ranges"], migrations, words["kept"], words["weights"], words["settings"])
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise PackageDamaged(f"the quantization '{path}' contradicts itself ({error})", _REBUILD) from error
+            raise PackageDamaged(f"the quantization '{origin}' contradicts itself ({error})", _REBUILD) from error
 
     def _problem(self) -> str | None:
         for value in self.ranges.values():

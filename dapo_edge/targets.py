@@ -26,18 +26,25 @@ from dapo_edge.errors import OutputError, PackageDamaged, PackageError, PackageI
 from dapo_edge.fingerprint import Fingerprint, missing_here
 from dapo_edge.fingerprint import fingerprint_here as fingerprint_here
 from dapo_edge.folders import FolderWriter, open_file, sha256_of
-from dapo_edge.package import ENCODER, ENCODER_INT8, MANIFEST, REFERENCE, EnginePackage, FileEntry, _entry
+from dapo_edge.package import (
+    ENCODER,
+    ENCODER_INT8,
+    MANIFEST,
+    PRECISIONS,
+    REFERENCE,
+    EnginePackage,
+    FileEntry,
+    Precision,
+    _entry,
+)
 
 FORMAT = 1
 MAX_BYTES = 4 << 20  # of target.json
 FOLDER = "targets"
 TARGET, PLAN, KERNELS, TIMING = "target.json", "encoder.plan", "kernels.cubin", "timing.cache"
-# The most exact one first: without the package's own precision, no speed is bought with accuracy.
-PRECISIONS = ("fp32", "fp16", "int8")
 
 log = logging.getLogger(__name__)
 
-Precision = Literal["fp32", "fp16", "int8"]
 Verdict = Literal["load", "compile again", "refuse"]
 
 
@@ -194,6 +201,7 @@ def best(package: EnginePackage, here: Fingerprint | None, precision: str | None
     """
     folders = {folder.name: folder for folder in _folders(package)}
     judgements = [_judge_document(folder, package, here) for folder in folders.values()]
+    # The most exact one first: without the package's own precision, no speed is bought with accuracy.
     order = [precision] if precision else [package.manifest.precision, *PRECISIONS]
     refused: list[Judgement] = []
     for judgement in sorted(judgements, key=lambda judgement: _rank(judgement, order)):

@@ -162,6 +162,24 @@ def progress_bar() -> Iterator[Any]:
             bar.update(task, completed=bar.tasks[task].total)
 
 
+@contextlib.contextmanager
+def interruptible_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A `progress_bar` for work that SIGTERM and Ctrl-C break off: both always come out as `KeyboardInterrupt`."""
+    with progress_bar() as progress, stop_on_signals(interrupt) as received:
+
+        def step(name: str, done: int, of: int) -> None:
+            if received:  # raised where foreign code swallowed it
+                raise KeyboardInterrupt
+            progress(name, done, of)
+
+        try:
+            yield step
+        except Exception:
+            if received:  # an interrupt in the middle of an import comes out as an import error
+                raise KeyboardInterrupt from None
+            raise
+
+
 def _one_line_per_step() -> Callable[[str, int, int], None]:
     seen: list[str] = []
 

@@ -50,6 +50,7 @@ def test_the_file_the_table_and_the_line_for_the_recipe(recipe_file: Path, tmp_p
     assert calibration.frames == "synthetic"
     assert calibration.ranges is not None
     assert calibration.ranges.resolve() == written
+    assert calibration.count == 9
 
 
 def test_one_document_on_stdout(recipe_file: Path, tmp_path: Path) -> None:
@@ -58,7 +59,16 @@ def test_one_document_on_stdout(recipe_file: Path, tmp_path: Path) -> None:
     for number in range(40):
         Image.fromarray(make_surface(number, (96, 96)).image).save(frames / f"{number}.png")
     (frames / "1.png").write_bytes((frames / "1.png").read_bytes()[:200])
-    recipe_file.write_text(f"{recipe_file.read_text()}calibration: {{frames: {json.dumps(str(frames))}, count: 8}}\n")
+    without = recipe_file.read_text()
+    section = {
+        "frames": str(frames),
+        "count": 8,
+        "estimator": "mse",
+        "migration": 0.5,
+        "keep": ["block2", "block1.fc1"],
+    }
+    recipe_file.write_text(f"{without}calibration: {json.dumps(section)}\n")
+    asked = load_recipe(recipe_file)
     done = dapo_edge("calibrate", recipe_file, "-o", tmp_path / "new" / "r.json", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -67,7 +77,14 @@ def test_one_document_on_stdout(recipe_file: Path, tmp_path: Path) -> None:
     assert tuple(found["linears"]["block1.qkv"]) == ESTIMATORS
     assert [found["frames"][key] for key in ("offered", "unreadable", "used", "not_picked")] == [24, 1, 8, 15]
     assert "1.png" in done.stderr
-    assert f"frames: {os.path.relpath(frames, recipe_file.parent)}" in done.stderr
+    line = done.stderr.splitlines()[-1].removeprefix("for the recipe: ")
+    assert f"frames: {os.path.relpath(frames, recipe_file.parent)}" in line
+    recipe_file.write_text(f"{without}{line}\n")
+    pasted = load_recipe(recipe_file)
+    assert pasted.calibration.ranges is not None
+    assert pasted.calibration.ranges.samefile(tmp_path / "new" / "r.json")
+    again = pasted.calibration.model_copy(update={"frames": str(frames), "ranges": None})
+    assert (Path(str(pasted.calibration.frames)).resolve(), again) == (frames, asked.calibration), "nothing is lost"
     assert not (tmp_path / "calibration").exists()
 
 
@@ -85,6 +102,7 @@ def test_what_can_not_be_calibrated_is_refused(recipe_file: Path, tmp_path: Path
     refused(2, "holds 1 frames, calibration needs 8", result=calibrate("--frames", "few"))
     refused(1, "can't be written", result=calibrate("--frames", "synthetic", "-o", recipe_file / "r.json"))
     assert "secret" not in calibrate("--frames", "rtps://user:secret@host").stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["few", "recipes"], "no empty folder is left behind"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

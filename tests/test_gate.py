@@ -97,35 +97,59 @@ def drift(**changes: Any) -> gate.Drift:
     ("changes", "words"),
     [
         ({"flips": 0.01}, "verdict flips 1.00% > 0.50%"),
-        ({"map_difference_max": 0.11}, "map difference 0.11 > 0.1"),
-        ({"map_difference_max": np.nan}, "map difference nan > 0.1"),
+        ({"map_difference_max": 0.021}, "map difference 0.021 > 0.02"),
+        ({"map_difference_max": np.nan}, "map difference nan > 0.02"),
         ({"map_difference_mean": 0.006}, "mean map difference 0.006 > 0.005"),
         ({"type_agreement": 0.97}, "equal types 97.00% < 98.00%"),
-        ({"score_difference_max": 0.11}, "score difference 0.11 > 0.1"),
+        ({"score_difference_max": 0.021}, "score difference 0.021 > 0.02"),
     ],
 )
 def test_limits_of_a_float_precision(changes: dict[str, float], words: str) -> None:
-    assert gate.broken_limits(drift(), None, Gate(), "fp16") == ()
-    assert gate.broken_limits(drift(**changes), None, Gate(), "fp16") == (words,)
+    assert gate.broken_limits(drift(), None, Gate()) == ()
+    assert gate.broken_limits(drift(**changes), None, Gate()) == (words,)
 
 
-def test_single_pixels_may_move_further_in_int8_unless_the_recipe_says_otherwise() -> None:
-    moved = drift(map_difference_max=0.25, score_difference_max=0.15)
-    assert gate.broken_limits(moved, None, Gate(), "int8") == ()
-    assert len(gate.broken_limits(moved, None, Gate(), "fp16")) == 2
-    assert len(gate.broken_limits(moved, None, Gate(max_map_difference=0.1, max_score_difference=0.1), "int8")) == 2
-    assert gate.broken_limits(drift(map_difference_max=0.31), None, Gate(), "int8")
+@pytest.mark.parametrize(
+    ("runs_as", "map_limit", "score_limit"),
+    [("fp32", 0.02, 0.02), ("fp16", 0.02, 0.02), ("bf16", 0.1, 0.1), ("int8+bf16", 0.3, 0.2), ("int8", 0.3, 0.2)],
+)
+def test_single_pixels_may_move_as_far_as_the_arithmetic_rounds(
+    runs_as: str, map_limit: float, score_limit: float
+) -> None:
+    at = drift(runs_as=runs_as, map_difference_max=map_limit, score_difference_max=score_limit)
+    beyond = drift(runs_as=runs_as, map_difference_max=1.01 * map_limit, score_difference_max=1.01 * score_limit)
+    assert gate.broken_limits(at, None, Gate()) == ()
+    assert len(gate.broken_limits(beyond, None, Gate())) == 2
+    assert len(gate.broken_limits(at, None, Gate(max_map_difference=0.01, max_score_difference=0.01))) == 2
+
+
+def test_int8_must_do_to_the_same_frames_what_it_did_when_it_was_built() -> None:
+    built = {"quantization": {"on_reference": {"map_difference_mean": 1e-3, "map_difference_max": 0.1}}}
+    assert gate.broken_repeat(drift(map_difference_mean=2.9e-3, map_difference_max=0.24), built) == ()
+    assert gate.broken_repeat(drift(map_difference_mean=3.1e-3, map_difference_max=0.26), built) == (
+        "mean map difference 0.0031 > 0.003",
+        "map difference 0.26 > 0.25",
+    )
+    assert gate.broken_repeat(drift(map_difference_mean=np.nan), built)
+    for report in ({}, {"quantization": None}, {"quantization": {"on_reference": {"map_difference_mean": "x"}}}):
+        assert gate.broken_repeat(drift(), report) != (), "a package that does not say it is not believed"
+
+
+def test_an_auroc_of_few_frames_may_move_by_one_pair() -> None:
+    assert gate.broken_limits(drift(), Drops(0.06, None, None, image_pairs=16), Gate()) == ()
+    assert gate.broken_limits(drift(), Drops(0.07, None, None, image_pairs=16), Gate())
+    assert gate.broken_limits(drift(), Drops(0.006, None, None, image_pairs=10_000), Gate())
 
 
 def test_drops_count_where_they_are_defined() -> None:
-    assert gate.broken_limits(drift(), Drops(0.004, -0.1, 0.009), Gate(), "int8") == ()
-    assert gate.broken_limits(drift(), Drops(None, None, None), Gate(), "int8") == ()
-    assert gate.broken_limits(drift(), Drops(0.006, 0.007, 0.02), Gate(), "int8") == (
+    assert gate.broken_limits(drift(), Drops(0.004, -0.1, 0.009), Gate()) == ()
+    assert gate.broken_limits(drift(), Drops(None, None, None), Gate()) == ()
+    assert gate.broken_limits(drift(), Drops(0.006, 0.007, 0.02), Gate()) == (
         "image AUROC drops by 0.0060 > 0.005",
         "pixel AUROC drops by 0.0070 > 0.005",
         "AUPRO drops by 0.0200 > 0.01",
     )
-    assert gate.broken_limits(drift(), Drops(np.nan, None, None), Gate(), "int8")
+    assert gate.broken_limits(drift(), Drops(np.nan, None, None), Gate())
 
 
 def test_refusing_names_what_every_limit_and_the_remedy() -> None:

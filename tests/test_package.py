@@ -38,7 +38,10 @@ def rewrite(path: Path, **changes: Any) -> None:
     ("changes", "message"),
     [
         ({"precision": "int8"}, "its precision is int8, but encoder.int8.onnx does not belong to it"),
-        ({"files": ENCODER_INT8}, "encoder.int8.onnx and quantization.safetensors belong together"),
+        (
+            {"files": ENCODER_INT8},
+            "encoder.int8.onnx, quantization.safetensors and reference.safetensors belong together",
+        ),
         ({"precision": "int4"}, "precision"),
     ],
 )

@@ -17,13 +17,12 @@ from dapo_edge.backends.host import make_maps, resize_view
 from dapo_edge.device import cpu_name, usable_cores
 from dapo_edge.errors import BackendError, PackageDamaged, RecipeError
 from dapo_edge.extras import require
-from dapo_edge.package import EnginePackage, Manifest, Preprocessing, Thresholds
+from dapo_edge.package import PRECISIONS, EnginePackage, Manifest, Preprocessing, Thresholds
 from dapo_edge.prompt_bank import PromptBank
 
 # What OpenVINO calls a float type, by the names used here; the first that a CPU computes natively is its fast type.
 FAST_TYPES = {"BF16": "bf16", "FP16": "fp16"}
 KIND = "openvino"  # in the cache
-PRECISIONS = ("fp32", "fp16", "int8")
 HINT_OF = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 
 
@@ -55,7 +54,7 @@ class OpenVinoBackend:
 
         What is not INT8 in an INT8 encoder computes in the CPU's fastest float type, be it fp32. Raises `BackendError`
         for fp16 on a CPU that computes no float type faster than fp32, `RecipeError` for int8 of a package without it,
-        and `GateError` where this CPU computes INT8 otherwise than the package's reference allows.
+        and `GateError` for a precision that failed the build's gate, or whose INT8 is another one on this CPU.
         """
         ov = require("openvino")
         wanted = precision or package.manifest.precision
@@ -63,6 +62,7 @@ class OpenVinoBackend:
             raise RecipeError(
                 f"unknown precision '{wanted}'", "Use fp32, fp16 for the CPU's fastest float type, or int8"
             )
+        _check_judged(package, wanted)
         core = ov.Core()
         properties = {
             "PERFORMANCE_HINT": "LATENCY",
@@ -209,20 +209,31 @@ def _check_int8(backend: OpenVinoBackend, package: EnginePackage) -> None:
     """
     from dapo_edge import gate
     from dapo_edge.backends.recorded import RecordedBackend
-    from dapo_edge.config import packaged_recipe
 
-    data = package.reference()
-    if data is None:
-        return
-    views, without = list(data.views), Thresholds()  # too few frames to count flips
-    expected = gate.expectations(RecordedBackend(package, data), views, len(views), without)
-    drift = gate.measure_drift(expected, {"int8": backend}, views, without)["int8"]
-    limits = packaged_recipe(package.manifest.recipe).gate
+    with RecordedBackend.open(package, map_size="model") as recorded:
+        views, uncalibrated = list(recorded.views), Thresholds()  # too few frames to count flips
+        expected = gate.expectations(recorded, views, len(views), uncalibrated)
+    drift = gate.measure_drift(expected, {"int8": backend}, views, uncalibrated)["int8"]
     gate.refuse(
         f"INT8 on this CPU ({cpu_name()})",
-        gate.broken_limits(drift, None, limits, "int8"),
-        "Run with --precision fp32 or fp16 here",
+        gate.broken_repeat(drift, package.report()),
+        "Run with --precision fp32 here",
     )
+
+
+def _check_judged(package: EnginePackage, precision: str) -> None:
+    """Refuse what the accuracy gate refused at build time, warn of what it did not look at. Raises `GateError`."""
+    from dapo_edge import gate
+
+    judged = package.report().get("precisions", {})
+    if precision in judged:
+        gate.refuse(
+            f"precision {precision} of '{package.path}', when it was built,",
+            judged[precision].get("failed", ()),
+            f"Run with --precision {package.manifest.precision}",
+        )
+    elif judged:
+        log.warning("the accuracy gate of '%s' did not look at precision %s", package.path, precision)
 
 
 def _shapes_of(manifest: Manifest) -> list[list[int]]:

@@ -29,6 +29,7 @@ class RecordedBackend:
         self.bank = package.bank()
         self._spec = package.manifest.map
         self._data = data
+        self.views = data.views  # [F, S, S, 3] BGR: the only ones that it knows
         self._place = {view.tobytes(): place for place, view in enumerate(data.views)}
 
     @classmethod

@@ -19,6 +19,7 @@ from dapo_edge.structures import Frame
 
 FEWEST, ADVISED = 8, 32  # usable frames: below the first no calibration, below the second a warning
 OFFERED_PER_FRAME = 3  # how many frames of a recording are looked at for each one that is wanted
+BELT_FROM = 1_000_000  # views of a synthetic belt before this one are left to thresholds and gate: held out
 LOWEST_CONTRAST = 1.0  # standard deviation in grey levels; a covered lens has less, the plainest part more
 _CHECK = "Check calibration.frames in the recipe, or --frames"
 
@@ -38,11 +39,12 @@ def calibration_frames(origin: str, count: int, seed: int, *, spare: int = 1) ->
     """At most `spare` · `count` frames spread evenly over a recording, or exactly `count` generated ones.
 
     `origin` is a folder, a video, the address of any source, "synthetic", or the address of a synthetic belt. Of a
-    source whose length is unknown these are the first frames. Raises `RecipeError` for a path that does not exist and
-    `SourceError` for what can't be opened.
+    source whose length is unknown these are the first frames. Generated ones are none that thresholds or the gate see
+    of the same origin. Raises `RecipeError` for a path that does not exist and `SourceError` for what can't be opened.
     """
     name = redact(origin)
-    draw = generated(origin, good_only=False, seed=protocol.first_picture(protocol.CALIBRATION, seed, count))
+    first = protocol.first_picture(protocol.CALIBRATION, seed, count)
+    draw = generated(origin, good_only=False, seed=first, belt_from=BELT_FROM)
     if draw is not None:
         return Recording(name, count, lambda: (Frame(draw(index).image, index, 0, name) for index in range(count)))
     if "://" not in origin and not Path(origin).exists():

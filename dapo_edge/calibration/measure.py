@@ -71,7 +71,7 @@ class TappedEncoder:
         return embeddings
 
     def tap(self, place: int) -> NDArray[np.float32]:
-        """What went into a Linear in the last run, the whole batch [..., in]; valid until the next run."""
+        """What went into a Linear in the last run [batch, ..., in], repeated views too; valid until the next run."""
         tensor: NDArray[np.float32] = self._request.get_output_tensor(self._taps + place).data
         return tensor
 
@@ -143,7 +143,9 @@ def measure_ranges(
     for group in in_groups((resize_view(view, image_size) for view in views), runner.batch):
         embeddings = runner.run(group)
         for place, linear_input in enumerate(inputs):
-            linear_input.add(runner.tap(place), frames)
+            tensor = runner.tap(place)
+            for index in range(len(group)):
+                linear_input.add(tensor[index], frames + index)
         direction += (_checked(embeddings) / np.linalg.norm(embeddings, axis=1, keepdims=True)).sum(axis=0)
         frames += len(group)
     found = {linear.name: kept.range() for linear, kept in zip(runner.linears, inputs, strict=True)}

@@ -43,8 +43,7 @@ class EncoderUnderTest:
     @classmethod
     def of(cls, method: Method, model: bytes) -> EncoderUnderTest:
         """The exported encoder of a method."""
-        clip = method.clip
-        return cls(model, Preprocessing(mean=clip.mean, std=clip.std, resize="pillow-bicubic"), clip.name)
+        return cls(model, method.clip.preprocessing, method.clip.name)
 
 
 def calibrate(recipe: Recipe, on_progress: Progress = lambda step, done, of: None) -> ActivationRanges:

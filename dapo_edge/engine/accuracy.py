@@ -23,6 +23,7 @@ class Accuracy:
     image_auroc: float | None
     pixel_auroc: float | None
     aupro: float | None
+    image_pairs: int = 0  # of one good and one defective frame each
 
 
 class AccuracyMeter:
@@ -48,6 +49,7 @@ class AccuracyMeter:
             image_auroc=number(self._images.curve().auroc()),
             pixel_auroc=number(self._pixels.curve().auroc()),
             aupro=number(self._pixels.aupro()),
+            image_pairs=sum(self._images.defective) * (len(self._images.defective) - sum(self._images.defective)),
         )
 
 
@@ -89,6 +91,7 @@ def drops(reference: Accuracy, candidate: Accuracy) -> Drops:
         image_auroc=drop(reference.image_auroc, candidate.image_auroc),
         pixel_auroc=drop(reference.pixel_auroc, candidate.pixel_auroc),
         aupro=drop(reference.aupro, candidate.aupro),
+        image_pairs=reference.image_pairs,
     )
 
 

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import importlib.metadata
 import json
+import logging
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -23,12 +24,12 @@ from dapo_edge.device import cpu_name
 from dapo_edge.engine.export import export_encoder
 from dapo_edge.engine.frames import build_frames
 from dapo_edge.engine.gate_frames import check_gate_frames
-from dapo_edge.engine.int8 import Int8, build_int8, remove_int8
+from dapo_edge.engine.int8 import Int8, build_int8, check_int8_inputs, remove_int8
 from dapo_edge.engine.job import Job, Progress
 from dapo_edge.engine.judge import Judge, Judged
 from dapo_edge.engine.package_report import write_report
 from dapo_edge.engine.speed import encode_latencies, fastest
-from dapo_edge.errors import GateError, RecipeError
+from dapo_edge.errors import GateError, OutputError, RecipeError
 from dapo_edge.extras import require
 from dapo_edge.folders import writing_to
 from dapo_edge.kernels.map_spec import MapSize, MapSpec
@@ -49,6 +50,8 @@ from dapo_edge.package import (
 
 REPORT_SCHEMA = "dapo-edge report 2"
 MIN_CALIBRATION_FRAMES = 8
+log = logging.getLogger(__name__)
+
 REFUSED = ".refused.html"  # behind the package's name: the report of a build that the gate refused
 
 
@@ -65,15 +68,17 @@ def build(
     _check_inputs(recipe)
     with PackageWriter(destination) as writer:
         job = _started(recipe, writer, on_progress)
+        if recipe.precision in ("int8", "auto"):
+            check_int8_inputs(job, (writer.folder / ENCODER).read_bytes())
         thresholds = _calibrated(job, writer.draft(_manifest_fields(job, "fp32")))
         writer.write(THRESHOLDS, _as_bytes(thresholds.model_dump(mode="json")))
         judge = Judge(job, writer.draft(_manifest_fields(job, "fp32")), thresholds)
+        writer.write(REFERENCE, judge.reference.to_bytes())
         judged, int8 = _judged(job, writer, judge)
         precision, document = _decided(job, writer, judge, judged, int8)
         writer.write(REPORT, _as_bytes(document))
         with writing_to(writer.folder / REPORT_PAGE):
             write_report(writer.folder / REPORT_PAGE, document, judge.examples)
-        writer.write(REFERENCE, judge.reference.to_bytes())
         on_progress("writing the package", 0, 1)
         package = writer.commit(_manifest_fields(job, precision))
         with contextlib.suppress(OSError):
@@ -102,6 +107,8 @@ def _check_inputs(recipe: Recipe) -> None:
         recording_of(recipe.calibration, recipe.seed)
         if recipe.calibration.ranges is not None:
             ActivationRanges.read(recipe.calibration.ranges)
+        if recipe.calibration.frames == recipe.gate.frames and Path(recipe.gate.frames).exists():
+            log.warning("the accuracy gate will look at the frames that INT8 is calibrated with: name others for it")
 
 
 def map_spec(recipe: Recipe, method: Method) -> MapSpec:
@@ -197,13 +204,15 @@ def _judged(job: Job, writer: PackageWriter, judge: Judge) -> tuple[dict[str, Ju
         return writer.draft(_manifest_fields(job, "fp32"))
 
     floats = ["fp32"]
-    if wanted == "fp16" or (wanted == "auto" and fast_float_type()):
+    if wanted == "fp16" or (wanted != "fp32" and fast_float_type()):
         floats.append("fp16")
     with contextlib.ExitStack() as stack:
         judged = judge.judge({name: stack.enter_context(_open(draft(), name)) for name in floats})
     gate.check_export(judged["fp32"].drift)
     if wanted not in ("int8", "auto"):
         return judged, None
+    for spot in judge.blind_spots:
+        log.warning("the accuracy gate can't judge %s", spot)
     int8 = build_int8(job, writer, draft, judge)
     return {**judged, "int8": int8.judged}, int8
 
@@ -213,13 +222,14 @@ def _decided(
 ) -> tuple[str, dict[str, Any]]:
     """The package's precision, and the report. Raises `GateError` if the one that was asked for fails."""
     wanted = job.recipe.precision
-    passing = [name for name, found in judged.items() if not found.broken or name == "fp32"]
+    passing = [name for name, found in judged.items() if not found.broken]
     draft = writer.draft(_manifest_fields(job, "fp32"))
     with contextlib.ExitStack() as stack:
         opened = {name: stack.enter_context(_open(draft, name)) for name in judged}
         job.progress("measuring the encoder's speed", 0, 1)
         latencies = encode_latencies(opened, judge.frames[0].view)
-    precision = fastest({name: latencies[name] for name in passing}) if wanted == "auto" else wanted
+    candidates = {name: latencies[name] for name in passing or ["fp32"]}
+    precision = fastest(candidates) if wanted == "auto" else wanted
     sizes = {name: draft.encoder_path(name).stat().st_size for name in judged}
     document = _document(job, judge, judged, int8, precision, latencies, sizes)
     if precision not in passing:
@@ -251,6 +261,7 @@ def _document(
             "accuracy": asdict(judge.accuracy) if judge.accuracy else None,
         },
         "frames": {"source": recipe.gate.frames, "count": len(judge.frames), "labelled": judge.frames.labelled},
+        "not_judged": list(judge.blind_spots),
         "limits": recipe.gate.model_dump(mode="json"),
         "precisions": {
             name: {
@@ -271,7 +282,8 @@ def _refuse(
     destination: Path, judge: Judge, found: Judged, int8: Int8 | None, precision: str, document: dict[str, Any]
 ) -> None:
     page = _refused_page(destination)
-    write_report(page, document, judge.examples)
+    with contextlib.suppress(OutputError):  # the gate's own verdict matters more than its page
+        write_report(page, document, judge.examples)
     hurting = f"; {int8.hurting}" if int8 and precision == "int8" else ""
     more = " Other scales, or more of the line's own calibration frames, may pass." if hurting else ""
     raise GateError(

@@ -46,10 +46,11 @@ def build_frames(origin: str, count: int, *, good_only: bool, seed: int) -> Buil
     return BuildFrames(len(paths), lambda index: read_image(paths[index]))
 
 
-def generated(origin: str, *, good_only: bool, seed: int) -> Callable[[int], Picture] | None:
+def generated(origin: str, *, good_only: bool, seed: int, belt_from: int = 0) -> Callable[[int], Picture] | None:
     """What draws picture 0, 1, 2 ... of "synthetic", from world number `seed` on, or of a synthetic belt's address.
 
-    None for any other origin. Raises `SourceError` for an address that can't be drawn.
+    A belt has its seed in its address, and its pictures begin at view `belt_from`. None for any other origin. Raises
+    `SourceError` for an address that can't be drawn.
     """
     if origin == "synthetic":
         from dapo_edge.data.surfaces import Framing, make_surface
@@ -66,7 +67,7 @@ def generated(origin: str, *, good_only: bool, seed: int) -> Callable[[int], Pic
 
         belt = SyntheticSource(origin).belt(good=1.0 if good_only else None)
         apart = max(1, round(min(belt.size) / (VIEWS_PER_PART * belt.step_px)))
-        return lambda index: belt.frame(apart * index)
+        return lambda index: belt.frame(apart * (belt_from + index))
     return None
 
 

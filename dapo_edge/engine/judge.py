@@ -15,7 +15,7 @@ from dapo_edge.engine.accuracy import Accuracy, GateAccuracy, drops
 from dapo_edge.engine.gate_frames import GateFrames, gate_frames
 from dapo_edge.engine.job import Job
 from dapo_edge.engine.package_report import DriftExample, LargestDrifts
-from dapo_edge.engine.ranges import RangeProbe
+from dapo_edge.engine.range_probe import RangeProbe
 from dapo_edge.engine.reference_data import RecordingBackend
 from dapo_edge.errors import BackendError
 from dapo_edge.gate import Drift, Drops, Expected
@@ -23,6 +23,7 @@ from dapo_edge.package import EnginePackage, Thresholds
 from dapo_edge.reference_data import ReferenceData
 
 FLOAT_FRAMES, INT8_FRAMES = 8, 200  # INT8 may change a decision in 1 of 200; a float type only has to be near
+FEW_FRAMES = 50  # below it, what INT8 does to one frame in a hundred is not seen
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,18 @@ class Judge:
         return statistics.median(one.encode_ms for one in self._expected)
 
     @property
+    def blind_spots(self) -> tuple[str, ...]:
+        """What these frames can't tell about a precision, in words."""
+        found = []
+        if self._thresholds.image is None:
+            found.append("verdict flips, because the package has no thresholds")
+        if not self.frames.labelled:
+            found.append("AUROC and AUPRO, because the frames have no labels")
+        if len(self.frames) < FEW_FRAMES:
+            found.append(f"anything rare, because there are only {len(self.frames)} frames")
+        return tuple(found)
+
+    @property
     def examples(self) -> tuple[DriftExample, ...]:
         """The frames with the largest drift of each precision, as it was judged last."""
         return tuple(itertools.chain.from_iterable(self._examples.values()))
@@ -87,7 +100,7 @@ class Judge:
         for precision, drift in drifts.items():
             own = labelled.get(precision)
             drop = drops(accuracy.reference, own) if own else None
-            broken = gate.broken_limits(drift, drop, self._job.recipe.gate, precision)
+            broken = gate.broken_limits(drift, drop, self._job.recipe.gate)
             found[precision] = Judged(drift, own, drop, broken)
             self._examples[precision] = examples.of(precision)
         return found

@@ -13,12 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dapo_edge.backends.onnx_linears import block_name
+from dapo_edge.config import Gate
 from dapo_edge.engine.package_plots import range_plot, sensitivity_plot
 from dapo_edge.evaluation.page import coloured, environment, jpeg, percent, thumbnail
 from dapo_edge.files import write_atomically
-from dapo_edge.gate import FLOAT_LIMITS, INT8_LIMITS
+from dapo_edge.gate import largest_differences
 
 EXAMPLES = 6  # of each precision
+WORST = 3  # blocks that are named
 SAME = "fp32"  # the arithmetic of eager torch: what it differs by is rounding, and not worth a picture
 METRICS = {  # and the limit of its drop under `gate`
     "image_auroc": ("image AUROC", "max_auroc_drop"),
@@ -146,12 +149,14 @@ def _rows(document: Document) -> list[Row]:
 
 
 def _open_limit(document: Document, kind: str, place: int) -> str:
-    """The limit of the largest map or score difference: another one for INT8, where the recipe leaves it open."""
+    """The limit of the largest map or score difference: one for each arithmetic, where the recipe leaves it open."""
     given = document["limits"][f"max_{kind}_difference"]
     if given is not None:
         return f"≤ {given:g}"
-    text = f"≤ {FLOAT_LIMITS[place]:g}"
-    return f"{text}, int8 ≤ {INT8_LIMITS[place]:g}" if "int8" in document["precisions"] else text
+    limits = {name: largest_differences(Gate(), one["runs_as"])[place] for name, one in document["precisions"].items()}
+    if len(set(limits.values())) == 1:
+        return f"≤ {limits.popitem()[1]:g}"
+    return ", ".join(f"{name} ≤ {limit:g}" for name, limit in limits.items())
 
 
 def _metric(metric: str, found: Document) -> str:
@@ -188,8 +193,10 @@ def _int8(found: Document | None) -> Row | None:
         figures.append(sensitivity_plot(found["sensitivity"], found["given_back"]))
     if found["ranges"]:
         figures.append(range_plot(found["ranges"]))
+    worst = sorted(found["sensitivity"], key=lambda entry: -entry["harm"])[:WORST]
+    hurting = [block_name(entry["block"]) for entry in worst]
     candidates = sorted(found["candidates"], key=lambda candidate: candidate["map_difference"])
-    return {**found, "reasons": reasons, "figures": figures, "candidates": candidates}
+    return {**found, "reasons": reasons, "figures": figures, "candidates": candidates, "hurting": hurting}
 
 
 def _example_groups(examples: Sequence[DriftExample]) -> dict[str, list[Row]]:

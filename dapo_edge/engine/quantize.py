@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,16 @@ from dapo_edge.quantization import Quantization
 
 ALPHAS = (0.4, 0.5, 0.6, 0.7, 0.8)  # SmoothQuant found its best between these
 ASKED_FOR = "asked for in the recipe"
+
+_NEVER = {"Conv": "patch embedding", "LayerNormalization": "LayerNorms", "Softmax": "softmaxes"}
+_WHY = {
+    "patch embedding": "errors in it reach every token",
+    "residual sums": "they hold the largest outliers: quantising them ruins ViTs",
+    "LayerNorms": "statistics of outliers need the digits",
+    "softmaxes": "small probabilities would vanish",
+    "attention products": "attention fuses into one kernel in float, and rarely in INT8",
+    "adapters and projection": "they end in the defect map itself, and cost little",
+}
 
 # A channel that hardly moved on the calibration frames may move on the line, so it is not blown up without bound.
 _QUIETEST = 1e-3  # of the largest channel
@@ -53,7 +64,7 @@ def quantization_of(
     `RecipeError` for names that the encoder has not.
     """
     linears = find_linears(graph)
-    kept = dict.fromkeys(_named(linears, keep), ASKED_FOR)
+    kept = dict.fromkeys(kept_names(linears, keep), ASKED_FOR)
     chosen: dict[str, float] = {}
     migrations: dict[str, NDArray[np.float32]] = {}
     for linear in linears:
@@ -90,8 +101,9 @@ def migrated_range(limit: float, channels: NDArray[np.float32], migration: NDArr
 
     max_j min(max|x_j|, limit) / m_j. No value is clipped that the estimator would not have clipped without migration:
     |x_j| / m_j beyond it means |x_j| > min(max|x_j|, limit), hence beyond `limit`. With `limit` the maximum it is the
-    maximum of x / m. To clip the same share of the range instead would be wrong: outliers that migration has levelled
-    are no longer there to be clipped.
+    maximum of x / m. Both hold as far as `channels` are exact: a ranges file keeps 3 digits of them, so a channel's
+    largest values may be clipped by up to 0.5 %. To clip the same share of the range instead would be wrong: outliers
+    that migration has levelled are no longer there to be clipped.
     """
     return float((np.minimum(channels, limit) / migration).max())
 
@@ -148,8 +160,35 @@ def _most_trials(settings: Calibration) -> int:
     return estimators + (alphas - 1) + (estimators - 1 if alphas > 1 else 0)
 
 
-def _named(linears: Sequence[Linear], keep: Sequence[str]) -> Iterator[str]:
-    """Names of the Linears that a recipe keeps, in the order of execution within each of its entries."""
+@dataclass(frozen=True)
+class FloatOperators:
+    """Operators of one kind that stay in float in every INT8 encoder."""
+
+    what: str
+    count: int
+    why: str
+
+
+def float_operators(graph: PlainGraph) -> tuple[FloatOperators, ...]:
+    """What is never quantised: everything with a product or a sum of activations but the blocks' Linears."""
+    inside = {linear.node for linear in find_linears(graph)}
+    counts: Counter[str] = Counter()
+    for node in graph.nodes:
+        constant = any(name in graph.constants for name in node.input)
+        if node.op_type in ("MatMul", "Gemm") and node.name not in inside:
+            counts["adapters and projection" if constant else "attention products"] += 1
+        elif node.op_type == "Add" and not constant:
+            counts["residual sums"] += 1
+        elif node.op_type in _NEVER:
+            counts[_NEVER[node.op_type]] += 1
+    return tuple(FloatOperators(what, counts[what], _WHY[what]) for what in _WHY if counts[what])
+
+
+def kept_names(linears: Sequence[Linear], keep: Sequence[str]) -> Iterator[str]:
+    """Names of the Linears that a recipe keeps, in the order of execution within each of its entries.
+
+    Raises `RecipeError` for names that the encoder has not.
+    """
     members: dict[str, list[str]] = {}
     for linear in linears:
         members[linear.name] = [linear.name]

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dapo_edge.backends.base import View
+from dapo_edge.backends.base import MapBatch, View
 from dapo_edge.backends.host import resize_view
 from dapo_edge.backends.onnx_flavours import FP16_MAX
-from dapo_edge.engine.ranges import RangeProbe
+from dapo_edge.engine.range_probe import RangeProbe
 from dapo_edge.errors import GateError
 from dapo_edge.kernels.map_spec import MapSpec
 from dapo_edge.models.eager import EagerBackend
@@ -23,10 +23,10 @@ MAX_VIEWS = 4  # a ViT-L at 518 px makes 8 MB of tokens per view
 
 
 class RecordingBackend(EagerBackend):
-    """The reference of the gate: every view that `encode` gets is measured, some evenly spread ones are kept."""
+    """The reference of the gate: the activations of every view are measured, a few of what `encode` gets are kept."""
 
     def __init__(self, method: Method, bank: PromptBank, spec: MapSpec, probe: RangeProbe | None, frames: int) -> None:
-        """`frames` views will come, each by one call of `encode`."""
+        """`frames` of the views will be encoded, each by one call of `encode`."""
         super().__init__(method, bank, spec)
         kept = min(MAX_VIEWS, frames)
         self._wanted = {place * frames // kept for place in range(kept)}
@@ -36,15 +36,18 @@ class RecordingBackend(EagerBackend):
         self._tokens: list[NDArray[np.float16]] = []
         self._embeddings: list[NDArray[np.float32]] = []
 
+    def infer(self, views: Sequence[View]) -> MapBatch:
+        """Inspect views of any size. Raises `GateError` for activations that are no numbers."""
+        if self._probe:
+            self._probe.observe(self.preprocess(views).numpy())
+        return super().infer(views)
+
     @torch.inference_mode()
     def encode(self, views: Sequence[View]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Patch tokens [B, L, N, D] and image embeddings [B, D].
 
-        Raises `GateError` for tokens that float16, the output type of every plan, can't hold, and for activations that
-        are no numbers.
+        Raises `GateError` for tokens that float16, the output type of every plan, can't hold.
         """
-        if self._probe:
-            self._probe.observe(self.preprocess(views).numpy())
         tokens, embedding = super().encode(views)
         largest = float(np.abs(tokens).max())
         if not largest <= FP16_MAX:

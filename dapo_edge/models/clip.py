@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from dapo_edge.errors import DependencyMissing, RecipeError, did_you_mean
 from dapo_edge.extras import require
+from dapo_edge.package import Preprocessing
 
 BUNDLED_CONFIGS = Path(__file__).parent / "configs"
 BUNDLED_WEIGHTS = Path(__file__).parent.parent / "assets"  # <model>-<tag>.safetensors
@@ -54,6 +55,11 @@ class Clip:
                 if tensor is not None:
                     digest.update(tensor.detach().float().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How a camera's view becomes the image tower's input."""
+        return Preprocessing(mean=self.mean, std=self.std, resize="pillow-bicubic")
 
     @property
     def patch_size(self) -> int:

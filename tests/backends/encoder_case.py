@@ -19,7 +19,7 @@ from dapo_edge.backends.onnx_graph import PlainGraph, read_plain
 from dapo_edge.backends.onnx_linears import Linear, find_linears, weights_digest
 from dapo_edge.config import parse_recipe
 from dapo_edge.engine.export import export_encoder
-from dapo_edge.engine.ranges import RangeProbe
+from dapo_edge.engine.range_probe import RangeProbe
 from dapo_edge.models.method import method_of
 from dapo_edge.quantization import Quantization
 

@@ -13,8 +13,10 @@ import pytest
 from numpy.typing import NDArray
 
 from dapo_edge.calibration.frames import Recording, Usable, calibration_frames
+from dapo_edge.config import Gate
 from dapo_edge.data import protocol
 from dapo_edge.engine.frames import build_frames
+from dapo_edge.engine.gate_frames import gate_frames
 from dapo_edge.errors import FrameError, RecipeError, SourceError
 from dapo_edge.runtime import sources
 from dapo_edge.runtime.sources import Properties, Source
@@ -136,6 +138,15 @@ def test_a_synthetic_belt() -> None:
     images = images_of(recording)
     assert (recording.length, len(images)) == (9, 9)
     assert all(np.any(a != b) for a, b in itertools.pairwise(images))
+
+
+@pytest.mark.parametrize("origin", ["synthetic", "synthetic://96x64@5?seed=4"])
+def test_calibration_and_gate_share_no_generated_picture(origin: str) -> None:
+    held_out = list(gate_frames(Gate(frames=origin), 12, protocol.first_picture(protocol.GATE, 0, 12)).views)
+    calibrated = images_of(calibration_frames(origin, 12, 0))
+    assert len(held_out) == len(calibrated) == 12
+    for a, b in itertools.product(held_out, calibrated):
+        assert np.abs(a.astype(int) - b).mean() > 5, "two photographs of one scene differ by their noise, 2"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from dapo_edge.backends.onnx_graph import read_plain
 from dapo_edge.backends.onnx_linears import find_linears
 from dapo_edge.calibration import measure
 from dapo_edge.calibration.histograms import ESTIMATORS
-from dapo_edge.calibration.measure import Measured, measure_ranges
+from dapo_edge.calibration.measure import Measured, TappedEncoder, measure_ranges
 from dapo_edge.calibration.ranges import ActivationRanges, _digest
 from dapo_edge.calibration.run import EncoderUnderTest, ranges_over, recording_of
 from dapo_edge.config import Recipe, parse_recipe
@@ -127,7 +128,31 @@ def test_a_batch_gives_the_same_ranges(tiny_recipe: Recipe, encoder: EncoderUnde
     together = measured(exported(tiny_recipe.model_copy(update={"batch": 3}), tmp_path), views)
     assert (together.frames, together.similarity) == (7, pytest.approx(alone.similarity, abs=1e-5))
     for name, linear in together.linears.items():
-        assert linear.max == pytest.approx(alone.linears[name].max, rel=1e-4)
+        expected = alone.linears[name]
+        assert sum(linear.histogram) == sum(expected.histogram), "views that fill a group up are not counted"
+        assert linear.estimates == pytest.approx(expected.estimates, rel=1e-3)
+        assert linear.channels == (expected.channels and pytest.approx(expected.channels, rel=1e-2))
+
+
+def test_a_broken_view_of_a_batch_is_named_but_not_one_that_fills_it_up(
+    tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batched = exported(tiny_recipe.model_copy(update={"batch": 3}), tmp_path)
+    whole, runs = TappedEncoder.tap, itertools.count(1)
+    broken_run = 0
+
+    def tap(self: TappedEncoder, place: int) -> NDArray[np.float32]:
+        tensor = whole(self, place).copy()
+        if place == 6 and next(runs) == broken_run:
+            tensor[1:] = np.nan
+        return tensor
+
+    monkeypatch.setattr(TappedEncoder, "tap", tap)
+    broken_run = 3
+    assert measured(batched, pictures(7)).frames == 7
+    runs, broken_run = itertools.count(1), 2
+    with pytest.raises(GateError, match=r"input of block2\.fc1 .* holds NaN on calibration frame 5"):
+        measured(batched, pictures(7))
 
 
 def with_weight(model: bytes, linear: str, change: Callable[[NDArray[np.float32]], None]) -> bytes:

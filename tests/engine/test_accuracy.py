@@ -133,7 +133,7 @@ def test_maps_that_are_no_numbers_fail_by_their_drift_and_not_here() -> None:
             meter.add(anomaly, float(anomaly.max()), bool(frame.defective), mask)
     assert found.precisions["int8"] == meter.accuracy()
     drift = Drift("int8", 1.0, 1.0, np.nan, np.nan, 1.0, np.nan, 0.0, 1.0)
-    assert "map difference nan" in " ".join(broken_limits(drift, None, Gate(), "int8"))
+    assert "map difference nan" in " ".join(broken_limits(drift, None, Gate()))
 
 
 def test_values_beyond_a_probability_are_refused() -> None:

@@ -8,15 +8,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from banks import has_fast_type
 
-from dapo_edge import gate
+from dapo_edge.backends.onnx_quantized import for_cpu
 from dapo_edge.backends.openvino import OpenVinoBackend
 from dapo_edge.calibration.run import calibrate
-from dapo_edge.config import parse_recipe
+from dapo_edge.config import Recipe, parse_recipe
+from dapo_edge.data.synth import write_dataset
 from dapo_edge.engine.build import REFUSED, build
 from dapo_edge.engine.int8 import fewest
 from dapo_edge.errors import GateError, RecipeError
-from dapo_edge.package import ENCODER_INT8, QUANTIZATION, REPORT_PAGE, EnginePackage
+from dapo_edge.models.method import Method, method_of
+from dapo_edge.package import ENCODER_INT8, QUANTIZATION, REPORT_PAGE, EnginePackage, PackageWriter
+from dapo_edge.quantization import Quantization
 
 # Seeded weights: probabilities are nearly equal everywhere, so the type of a pixel follows the smallest difference.
 LOOSE = {"count": 6, "min_type_agreement": 0.5}
@@ -53,12 +58,11 @@ def test_as_few_blocks_as_needed_are_given_back(needed: int | None) -> None:
 def test_a_package_in_int8(quantized: EnginePackage) -> None:
     manifest, quantization = quantized.manifest, quantized.quantization()
     assert manifest.precision == "int8"
-    assert quantization is not None
     assert len(quantization.ranges) == 4 * 5
     assert set(quantization.migrations) == {f"block{b}.{role}" for b in range(1, 6) for role in ("qkv", "out", "fc1")}
     assert quantized.encoder_path("int8").stat().st_size < 0.5 * quantized.encoder_path("fp32").stat().st_size
     report = quantized.report()
-    assert list(report["precisions"]) == ["fp32", "int8"]
+    assert list(report["precisions"]) == ["fp32", *["fp16"] * has_fast_type(), "int8"]
     found = report["precisions"]["int8"]
     assert found["runs_as"].startswith("int8+")
     assert 0 < found["map_difference_max"] < 0.3
@@ -67,6 +71,15 @@ def test_a_package_in_int8(quantized: EnginePackage) -> None:
     assert len(report["quantization"]["candidates"]) == 3
     assert [entry["block"] for entry in report["quantization"]["sensitivity"]] == [1, 2, 3, 4, 5]
     assert report["quantization"]["emulation_difference"] < 1e-3
+    never = {entry["what"]: entry["count"] for entry in report["quantization"]["left_in_float"]}
+    assert never == {
+        "patch embedding": 1,
+        "residual sums": 10,
+        "LayerNorms": 12,
+        "softmaxes": 5,
+        "attention products": 10,
+        "adapters and projection": 4,
+    }
     page = (quantized.path / REPORT_PAGE).read_text(encoding="utf-8")
     assert "block1" in page
     assert "<svg" in page
@@ -85,7 +98,8 @@ def test_it_runs_in_every_precision_of_the_cpu(quantized: EnginePackage, picture
 def test_a_package_without_int8_says_so(package: EnginePackage) -> None:
     with pytest.raises(RecipeError, match=r"holds no INT8 encoder.*precision: int8, or auto"):
         OpenVinoBackend.open(package, map_size="model", precision="int8")
-    assert package.quantization() is None
+    with pytest.raises(RecipeError, match="holds no INT8 encoder"):
+        package.quantization()
 
 
 def test_same_recipe_gives_the_same_int8(quantized: EnginePackage, int8_fields: dict[str, Any], tmp_path: Path) -> None:
@@ -137,7 +151,6 @@ def test_kept_linears_stay_in_float(int8_fields: dict[str, Any], tmp_path: Path)
     calibration = {"frames": "synthetic", "count": 8, "estimator": "max", "migration": 0.0}
     fields = {**int8_fields, "calibration": {**calibration, "keep": ["block2", "block4.fc1"]}}
     quantization = build(parse_recipe(fields), tmp_path / "x.dapo").quantization()
-    assert quantization is not None
     assert set(quantization.kept) == {"block2.qkv", "block2.out", "block2.fc1", "block2.fc2", "block4.fc1"}
     assert set(quantization.kept.values()) == {"asked for in the recipe"}
     assert len(quantization.ranges) == 15
@@ -168,10 +181,11 @@ def test_harmful_blocks_are_given_back_until_the_gate_passes(
     fields = {**int8_fields, "gate": {**LOOSE, "max_mean_map_difference": 0.8 * whole}}
     package = build(parse_recipe(fields), tmp_path / "x.dapo")
     report, quantization = package.report(), package.quantization()
-    assert quantization is not None
     section = report["quantization"]
     assert section["attempts"][0]["failed"], "with all blocks it must fail"
     assert 1 <= len(section["given_back"]) <= 4
+    with OpenVinoBackend.open(package, map_size="model"):
+        pass  # few frames, near the limit: the first start on this machine must not refuse what the build let pass
     harms = {entry["block"]: entry["harm"] for entry in section["sensitivity"]}
     assert section["given_back"] == sorted(harms, key=lambda block: -harms[block])[: len(section["given_back"])]
     assert {name.split(".")[0] for name in quantization.kept} == {f"block{block}" for block in section["given_back"]}
@@ -192,34 +206,116 @@ def test_auto_takes_what_is_fastest_of_what_passes(
     assert fast.manifest.precision == "int8"
     milliseconds["int8"] = 9.9
     slow = build(parse_recipe(fields), tmp_path / "slow.dapo")
-    assert slow.manifest.precision in ("fp32", "fp16")
+    assert slow.manifest.precision == ("fp16" if has_fast_type() else "fp32"), "9.9 is not 5 % less than 9 or 10"
     assert ENCODER_INT8 in slow.manifest.files, "it passed: another device may find it faster"
     milliseconds["int8"] = 1.0
-    strict = {**fields, "gate": {**LOOSE, "max_map_difference": 1e-7}}
+    strict = {**fields, "gate": {**LOOSE, "max_map_difference": 1e-5}}
     refused = build(parse_recipe(strict), tmp_path / "refused.dapo")
     assert refused.manifest.precision == "fp32"
     assert ENCODER_INT8 not in refused.manifest.files
     assert refused.report()["precisions"]["int8"]["failed"]
+    if has_fast_type():
+        with pytest.raises(GateError, match=r"precision fp16 of .*, when it was built, failed .*--precision fp32"):
+            OpenVinoBackend.open(refused, map_size="model", precision="fp16")
 
 
-def test_a_cpu_that_computes_int8_otherwise_is_found_out(
-    quantized: EnginePackage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DAPO_EDGE_CACHE", str(tmp_path))
-    with OpenVinoBackend.open(quantized, map_size="model"):
+def test_a_cpu_that_computes_int8_otherwise_is_found_out(quantized: EnginePackage, tmp_path: Path) -> None:
+    """A saturating CPU's stand-in: the encoder of other scales, in a package that still says what the right one did."""
+    quantization = quantized.quantization()
+    wrong = Quantization(
+        {name: 0.2 * reach for name, reach in quantization.ranges.items()}, {}, {}, quantization.weights, {}
+    )
+    with PackageWriter(tmp_path / "wrong.dapo") as writer:
+        for name in quantized.manifest.files:
+            writer.write(name, (quantized.path / name).read_bytes())
+        writer.write(ENCODER_INT8, for_cpu(quantized.encoder_bytes(), wrong))
+        package = writer.commit(quantized.manifest.model_dump(exclude={"files", "format"}))
+    for _ in range(2):  # nothing that was refused is kept as compiled
+        with pytest.raises(GateError, match=r"INT8 on this CPU .* failed .*--precision fp32"):
+            OpenVinoBackend.open(package, map_size="model")
+    with OpenVinoBackend.open(package, map_size="model", precision="fp32"):
         pass
-    monkeypatch.setenv("DAPO_EDGE_CACHE", str(tmp_path / "other"))
-    monkeypatch.setattr(gate, "INT8_LIMITS", (1e-7, 1e-7))
-    with pytest.raises(GateError, match=r"INT8 on this CPU .* failed .*--precision fp32"):
-        OpenVinoBackend.open(quantized, map_size="model")
-    with pytest.raises(GateError):
-        OpenVinoBackend.open(quantized, map_size="model")
 
 
-def test_a_runtime_fault_is_no_matter_of_scales(
+def test_a_runtime_fault_refuses_int8_and_is_no_matter_for_auto(
     int8_fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dapo_edge.engine.int8.emulation_difference", lambda *arguments: 0.01)
-    with pytest.raises(GateError, match="OpenVINO computes the INT8 encoder otherwise than ONNX defines it"):
+    with pytest.raises(GateError, match=r"OpenVINO computes the INT8 encoder otherwise .* 0.01 > 0.001"):
         build(parse_recipe(int8_fields), tmp_path / "x.dapo")
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["x.dapo" + REFUSED]
+    package = build(parse_recipe({**int8_fields, "precision": "auto"}), tmp_path / "x.dapo")
+    assert package.manifest.precision != "int8"
+    assert not package.holds_int8
+
+
+def test_limits_hold_for_fp32_too(tiny_fields: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(GateError, match=r"precision fp32 failed .*mean map difference"):
+        build(
+            parse_recipe({**tiny_fields, "gate": {"count": 2, "max_mean_map_difference": 1e-12}}), tmp_path / "x.dapo"
+        )
+
+
+def test_drops_on_labelled_frames_count(
+    int8_fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frames of a data set on the disk; the INT8 encoder is made so coarse that pixel AUROC falls."""
+    write_dataset(tmp_path / "parts", "folder", 40, 0, size=(96, 96))
+    labelled = {
+        **LOOSE,
+        "frames": str(tmp_path / "parts"),
+        "layout": "folder",
+        "max_auroc_drop": 0,
+        "max_aupro_drop": 0,
+    }
+    loose = {"max_map_difference": 1, "max_score_difference": 1, "max_mean_map_difference": 1, "min_type_agreement": 0}
+    fields = {**int8_fields, "gate": {**labelled, **loose, "max_flips": 1, "count": 12}}
+    monkeypatch.setattr("dapo_edge.engine.quantize.migrated_range", lambda limit, channels, migration: 0.02 * limit)
+    first, *_ = build(parse_recipe(fields), tmp_path / "x.dapo").report()["quantization"]["attempts"]
+    assert any("AUROC drops by" in reason or "AUPRO drops by" in reason for reason in first["failed"])
+
+
+def test_int8_in_batches_and_with_maps_of_the_frame(
+    int8_fields: dict[str, Any], quantized: EnginePackage, picture: Any, tmp_path: Path
+) -> None:
+    fields = {**int8_fields, "batch": 2, "map": {**int8_fields["map"], "size": "frame"}}
+    package = build(parse_recipe(fields), tmp_path / "x.dapo")
+    views = [picture, picture[::-1], picture[:, ::-1]]
+    with (
+        OpenVinoBackend.open(package, map_size="model") as two,
+        OpenVinoBackend.open(quantized, map_size="model") as one,
+    ):
+        together = two.infer(views).anomaly
+        single = np.stack([one.infer([view]).anomaly[0] for view in views])
+    assert np.abs(together - single).max() < 0.02, "other ranges by a rounding, the same encoder"
+    with OpenVinoBackend.open(package, map_size="frame") as backend:
+        assert backend.infer([picture]).anomaly.shape[1:] == picture.shape[:2]
+
+
+def test_outliers_in_one_block_are_caught_and_recovered(
+    int8_fields: dict[str, Any], quantized: EnginePackage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A LayerNorm's gain x 300 on some channels, made up for behind it: the float encoder stays what it was."""
+    monkeypatch.setattr("dapo_edge.engine.build.method_of", with_outliers)
+    usual = quantized.report()["precisions"]["int8"]["map_difference_mean"]
+    limits = {**LOOSE, "max_mean_map_difference": 2 * usual}
+    scales = {"frames": "synthetic", "count": 8}
+    found = {}
+    for name, estimator, migration in (("max", "max", 0.0), ("migration", "max", 0.5)):
+        calibration = {**scales, "estimator": estimator, "migration": migration}
+        package = build(parse_recipe({**int8_fields, "calibration": calibration, "gate": limits}), tmp_path / name)
+        found[name] = package.report()["quantization"]
+    assert found["max"]["attempts"][0]["failed"], "maximum calibration must fail"
+    assert found["max"]["given_back"] == [1], "and the search must find the block"
+    assert found["migration"]["attempts"] == [{"given_back": 0, "failed": []}]
+
+
+def with_outliers(recipe: Recipe) -> Method:
+    method = method_of(recipe)
+    block = method.clip.visual.transformer.resblocks[0]
+    with torch.no_grad():
+        for norm, weight in ((block.ln_1, block.attn.in_proj_weight), (block.ln_2, block.mlp.c_fc.weight)):
+            norm.weight[:4] *= 300
+            norm.bias[:4] *= 300
+            weight[:, :4] /= 300
+    return method

@@ -85,6 +85,7 @@ def document(**changes: Any) -> dict[str, Any]:
         "precision": "int8",
         "reference": {"backend": "eager torch fp32", "encode_ms": 212.3},
         "frames": {"source": "synthetic", "count": 200, "labelled": True},
+        "not_judged": ["verdict flips, because the package has no thresholds"],
         "limits": Gate().model_dump(mode="json"),
         "precisions": {
             "fp32": precision("fp32", 90.0, 345_000_000, map_difference_max=1e-6, map_difference_mean=1e-8),
@@ -108,6 +109,7 @@ def document(**changes: Any) -> dict[str, Any]:
                 name: {"max": 10.0 + place, "chosen": None if name in kept else 5.0, "percentile_99.9": 3.0}
                 for place, name in enumerate(names)
             },
+            "left_in_float": [{"what": "LayerNorms", "count": 8, "why": "statistics of outliers"}],
             "emulation_difference": 0.00023,
             "given_back": [2],
         },
@@ -152,8 +154,8 @@ def test_the_precision_table() -> None:
         "speed-up over FP32 1.00 × 1.50 × 2.50 ×",
         "encoder file 345.0 MB 345.0 MB 92.0 MB",
         "map difference, mean 1e-08 0.0009 0.0009 ≤",
-        "map difference, largest 1e-06 0.14 0.14 ≤ 0.1, int8 ≤ 0.3",
-        "score difference, largest 0.071 0.071 0.071 ≤ 0.1, int8 ≤ 0.2",
+        "map difference, largest 1e-06 0.14 0.14 fp32 ≤ 0.02, fp16 ≤ 0.1, int8 ≤ 0.3",
+        "score difference, largest 0.071 0.071 0.071 fp32 ≤ 0.02, fp16 ≤ 0.1, int8 ≤ 0.2",
         "pixels of equal type 99.12 % 99.12 % 99.12 % ≥",
         "verdict flips 0.25 % 0.25 % 0.25 % ≤ 0.5 %",
         "patch tokens, lowest cosine 0.99912",
@@ -184,7 +186,7 @@ def test_the_int8_sections() -> None:
     page = Page(report_page(document(), []))
     assert "7 of 12 Linears compute in INT8, with ranges by percentile_99.99 and outliers moved" in page.words
     assert "maps that differ by 0.00023 in the mean" in page.words
-    assert "the gate failed with it block2.qkv, block2.out, block2.fc1, block2.fc2" in page.words
+    assert "the gate failed with it 4 Linears: block2.qkv, block2.out, block2.fc1, block2.fc2" in page.words
     assert "asked for in the recipe block3.fc2" in page.words
     assert "block1.qkv, block1.out, block1.fc1, block1.fc2, block3.qkv, block3.out, block3.fc1" in page.words
     assert "percentile_99.99 ✓ 0.5 0.000912 max – 0.0234" in page.words, "the best first"
@@ -200,7 +202,7 @@ def test_without_int8_nothing_of_it_is_there() -> None:
         assert word not in page.words
     assert not page.of("svg")
     assert not page.of("details")
-    assert "map difference, largest 1e-06 0.14 ≤ 0.1 score" in page.words
+    assert "map difference, largest 1e-06 0.14 fp32 ≤ 0.02, fp16 ≤ 0.1 score" in page.words
     assert "Frames with the largest drift in fp16" in page.words
 
 
@@ -210,12 +212,14 @@ def test_empty_parts_leave_no_heading(part: str) -> None:
     found["quantization"][part] = type(found["quantization"][part])()
     if part == "sensitivity":
         found["quantization"]["given_back"] = []
+    if part == "kept":
+        found["quantization"]["left_in_float"] = []
     page = Page(report_page(found, []))
     headings = {
         "sensitivity": "Each block alone",
         "ranges": "Activation ranges",
         "candidates": "Ways of choosing",
-        "kept": "Linears kept in float",
+        "kept": "Kept in float",
         "quantized": "Linears in INT8",
     }
     assert headings.pop(part) not in page.words

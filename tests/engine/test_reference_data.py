@@ -18,7 +18,7 @@ from dapo_edge.backends.host import resize_view
 from dapo_edge.backends.onnx_flavours import measured_tensors
 from dapo_edge.config import Recipe
 from dapo_edge.engine.build import map_spec
-from dapo_edge.engine.ranges import RangeProbe
+from dapo_edge.engine.range_probe import RangeProbe
 from dapo_edge.engine.reference_data import RecordingBackend
 from dapo_edge.errors import GateError, PackageDamaged, PackageIncompatible
 from dapo_edge.models.eager import EagerBackend

@@ -35,7 +35,7 @@ def comparison(clip: Clip, path: Path, epochs: int = 1) -> Comparison:
     return Comparison(clip, path, plan, TESTS)
 
 
-@pytest.mark.parametrize(("a", "b"), list(itertools.combinations(range(5), 2)))
+@pytest.mark.parametrize(("a", "b"), list(itertools.combinations(range(protocol.CALIBRATION + 1), 2)))
 def test_numbers_of_two_purposes_never_meet(a: int, b: int) -> None:
     most = protocol.PICTURES_PER_SEED
     starts = sorted(

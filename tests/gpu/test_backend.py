@@ -74,7 +74,7 @@ def compiled(gpu: Gpu, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     reference = package.reference()
     if reference is None:
         pytest.skip(f"'{source}' carries no reference: build it again")
-    if package.quantization() is None:
+    if not package.holds_int8:
         package = with_int8(package, tmp_path_factory.mktemp("int8"))
     try:
         targets = {precision: compile_package(package, precision=precision) for precision in PRECISIONS}

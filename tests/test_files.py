@@ -1,0 +1,38 @@
+"""Writing files: what a check whether a folder takes them leaves behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dapo_edge.errors import OutputError
+from dapo_edge.files import check_writable
+
+
+def test_a_check_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    check_writable(tmp_path / "there" / "new" / "deep")
+    assert list((tmp_path / "there").iterdir()) == []
+    (tmp_path / "there" / "kept.txt").touch()
+    check_writable(tmp_path / "there")
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["kept.txt"]
+
+
+def test_an_empty_folder_that_was_there_stays(tmp_path: Path) -> None:
+    check_writable(tmp_path)
+    assert tmp_path.is_dir()
+
+
+def test_a_refusal_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError):
+        check_writable(tmp_path / "file" / "new")
+
+    def full(path: Path, content: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OutputError, match="No space left"):
+        check_writable(tmp_path / "new" / "deep")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -1,0 +1,41 @@
+"""A signal during long work ends it as an interrupt, wherever it falls."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+
+import pytest
+
+from dapo_edge.terminal import interruptible_progress
+
+NUMBERS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+
+
+@NUMBERS
+def test_an_interrupt_that_was_swallowed_is_raised_at_the_next_step(number: signal.Signals) -> None:
+    with pytest.raises(KeyboardInterrupt), interruptible_progress() as progress:
+        progress("working", 0, 2)
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(number)
+        progress("working", 1, 2)
+        pytest.fail("the work went on")
+
+
+@NUMBERS
+def test_an_interrupt_that_comes_out_as_another_error_is_one(number: signal.Signals) -> None:
+    with pytest.raises(KeyboardInterrupt) as caught, interruptible_progress():
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt as error:
+            raise ImportError("half a module") from error
+    assert caught.value.__suppress_context__
+
+
+def test_an_error_without_a_signal_stays_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ValueError, match="a fault"), interruptible_progress() as progress:
+        progress("working", 0, 2)
+        raise ValueError("a fault")
+    assert capsys.readouterr().err == "working\n"
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
