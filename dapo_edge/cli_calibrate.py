@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from dapo_edge.errors import OutputError, RecipeError
 from dapo_edge.terminal import PACKAGE_PATH, as_json, interruptible_progress, print_json, print_rich, say
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ def calibrate(recipe: Path, output: Path | None, frames: str | None, count: int 
 
     loaded = _with_options(load_recipe(recipe), frames, count)
     path = output or Path("calibration") / f"{loaded.name}{SUFFIX}"
+    _check_replaceable(path)
     check_writable(path.parent)
     ranges = _measured(loaded)
     ranges.write(path)
@@ -47,6 +50,21 @@ def calibrate(recipe: Path, output: Path | None, frames: str | None, count: int 
         f"{seen.unreadable} unreadable, {seen.constant} without contrast)"
     )
     say(f"for the recipe: {_recipe_line(loaded, recipe, path)}")
+
+
+def _check_replaceable(path: Path) -> None:
+    """Refuse a place where something lies that is no ranges file, be it a damaged one. Raises `OutputError`."""
+    from dapo_edge.calibration.ranges import SUFFIX, ActivationRanges
+
+    if not path.name:
+        raise OutputError(f"'{path}' is no name of a file", "Name a file with -o, or leave -o out")
+    if not os.path.lexists(path) or (path.is_file() and path.name.endswith(SUFFIX)):
+        return
+    if path.is_file():
+        with contextlib.suppress(RecipeError):
+            ActivationRanges.read(path)
+            return
+    raise OutputError(f"'{path}' exists and holds no activation ranges", "Name another place with -o, or move it away")
 
 
 def _with_options(recipe: Recipe, frames: str | None, count: int | None) -> Recipe:

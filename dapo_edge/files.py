@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,12 @@ def check_writable(folder: Path) -> None:
     Raises `OutputError` now instead of after hours of work.
     """
     missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
-    probe = folder / ".probe"
     try:
-        write_atomically(probe, b"")
-        probe.unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".dapo-edge-"):
+            pass
+    except OSError as error:
+        raise OutputError.refused(folder, error) from error
     finally:
         for path in missing:
             with contextlib.suppress(OSError):  # not made, or in use by now

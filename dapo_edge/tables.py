@@ -39,7 +39,8 @@ def bench_table(result: dict[str, Any]) -> Group:
 
 def precision_table(report: dict[str, Any]) -> Table:
     """What the accuracy gate measured of each precision of a package."""
-    columns = ("encoder ms", "faster", "MB", "map mean", "map max", "types", "flips", "image AUROC", "AUPRO", "gate")
+    points = ("AUROC, points", "AUPRO, points")  # by which a precision is above or below eager torch
+    columns = ("encoder ms", "faster", "MB", "map mean", "map max", "types", "flips", *points, "gate")
     table = Table("precision", *columns, box=None, pad_edge=False)
     for column in table.columns[1:-1]:
         column.justify = "right"
@@ -55,10 +56,17 @@ def precision_table(report: dict[str, Any]) -> Table:
             f"{found['map_difference_max']:.2g}",
             f"{found['type_agreement']:.2%}",
             "-" if found["flips"] is None else f"{found['flips']:.2%}",
-            *("-" if drops.get(key) is None else f"{-100 * drops[key]:+.2f}" for key in ("image_auroc", "aupro")),
+            *(
+                "-" if drops.get(key) is None else f"{round(-100 * drops[key], 2) + 0.0:+.2f}"
+                for key in ("image_auroc", "aupro")
+            ),
             Text("passed" if not found["failed"] else "; ".join(found["failed"]), "red" if found["failed"] else ""),
         )
     return table
+
+
+def _points(drop: float | None) -> str:
+    return "-" if drop is None else f"{round(-100 * drop, 2) + 0.0:+.2f}"  # no minus before a zero
 
 
 def demo_table(result: dict[str, Any]) -> Group:
@@ -184,6 +192,12 @@ def package_table(content: dict[str, Any]) -> Table:
             f"map at most {drift['map_difference_max']:.2g}, types {drift['type_agreement']:.2%} equal, "
             f"{_flips_text(drift['flips'])}, ran as {drift['runs_as']}, encoder {drift['encode_ms']:.1f} ms when built",
         )
+    int8 = content["report"].get("quantization")
+    if int8:
+        kept = f", {len(int8['kept'])} kept in float: {', '.join(int8['kept'])}" if int8["kept"] else ""
+        row("int8", f"{len(int8['quantized'])} Linears{kept}")
+        used = f"{int8['frames']['used']} frames of {int8['frames']['source']}"
+        row("int8 ranges", f"{int8['estimator']}, outliers moved with alpha {int8['alpha']}, over {used}")
     for name, entry in content["files"].items():
         row("file", f"{name}, {entry['size']:,} bytes")
     row("made", f"{content['created']} by dapo-edge {content['versions']['dapo-edge']}")

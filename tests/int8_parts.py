@@ -97,7 +97,7 @@ def surface_tiny() -> Parts:
         encoder,
         method.bank(recipe.prompts.defects, recipe.prompts.object),
         map_spec(recipe, method),
-        Preprocessing(mean=clip.mean, std=clip.std, resize="pillow-bicubic"),
+        clip.preprocessing,
     )
 
 

@@ -129,3 +129,19 @@ def test_stopping_leaves_an_old_file_alone(recipe_file: Path, tmp_path: Path, nu
     assert not [path for path in tmp_path.iterdir() if path.name.startswith((".", "dapo-edge"))], (
         "nothing is left behind"
     )
+
+
+@pytest.mark.parametrize("place", ["recipes/tiny.yaml", ".", ""])
+def test_what_is_no_ranges_file_is_never_replaced(recipe_file: Path, tmp_path: Path, place: str) -> None:
+    before = recipe_file.read_text()
+    refused(1, result=dapo_edge("calibrate", recipe_file, "--frames", "synthetic", "-o", place, cwd=tmp_path))
+    assert recipe_file.read_text() == before
+
+
+def test_a_damaged_ranges_file_may_be_replaced(recipe_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.ranges.json").write_text("{")
+    done = dapo_edge(
+        "calibrate", recipe_file, "--frames", "synthetic", "--count", 8, "-o", "x.ranges.json", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert list(ActivationRanges.read(tmp_path / "x.ranges.json").linears) == LINEARS

@@ -29,10 +29,16 @@ def test_a_refusal_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(OutputError):
         check_writable(tmp_path / "file" / "new")
 
-    def full(path: Path, content: bytes) -> int:
+    def full(**options: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", full)
     with pytest.raises(OutputError, match="No space left"):
         check_writable(tmp_path / "new" / "deep")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_looking_leaves_other_files_alone(tmp_path: Path) -> None:
+    (tmp_path / ".probe").write_text("precious")
+    check_writable(tmp_path)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(".probe", "precious")]

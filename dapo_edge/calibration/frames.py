@@ -124,14 +124,23 @@ class Usable:
             yield view
 
     def enough_of(self, recording: Recording) -> Iterator[NDArray[np.uint8]]:
-        """The usable frames of a recording; after the last one, a `RecipeError` below 8, and a warning below 32."""
+        """The usable frames of a recording; after the last one, a `RecipeError` below 8."""
         yield from self.of(recording.frames())
         found = f"'{recording.source}' gives {self.count} usable frames"
         if self.count < self.offered:
             found += f" of {self.offered} ({self.unreadable} unreadable, {self.constant} without contrast)"
         check_enough(self.count, found)
-        if self.count < ADVISED:
-            log.warning("%s: fewer than %d miss values that the line will show; use about 300", found, ADVISED)
+
+
+def advise(source: str, used: int) -> None:
+    """Warn of ranges over few frames."""
+    if used < ADVISED:
+        log.warning(
+            "the ranges come from %d frames of '%s': fewer than %d miss values that the line will show; use about 300",
+            used,
+            source,
+            ADVISED,
+        )
 
 
 def check_enough(count: int, found: str) -> None:

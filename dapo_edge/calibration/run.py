@@ -13,7 +13,7 @@ from pathlib import Path
 from dapo_edge import __version__
 from dapo_edge.backends.onnx_graph import IMAGE, read_plain
 from dapo_edge.backends.onnx_linears import weights_digest
-from dapo_edge.calibration.frames import OFFERED_PER_FRAME, Recording, Usable, calibration_frames, check_enough
+from dapo_edge.calibration.frames import OFFERED_PER_FRAME, Recording, Usable, advise, calibration_frames, check_enough
 from dapo_edge.calibration.measure import Embedder, Measured, measure_ranges
 from dapo_edge.calibration.ranges import ActivationRanges, CalibrationFrames
 from dapo_edge.calibration.subset import Resized, diverse_subset
@@ -69,8 +69,8 @@ def recording_of(settings: Calibration, seed: int) -> Recording:
     if settings.frames is None:
         raise RecipeError(
             "the recipe names no calibration frames",
-            "Set calibration.frames to a folder or video of the running line, or 'synthetic'; dapo-edge calibrate also "
-            "takes --frames",
+            "Set calibration.frames to a folder or video of the running line, or 'synthetic', also beside "
+            "calibration.ranges: scales are compared by their maps; dapo-edge calibrate also takes --frames",
         )
     recording = calibration_frames(settings.frames, settings.count, seed, spare=OFFERED_PER_FRAME)
     if recording.length is not None:
@@ -101,6 +101,7 @@ def ranges_over(
         expected = len(picked)
     views = _counted(views, "measuring activations", expected, on_progress)
     measured = measure_ranges(encoder.model, encoder.preprocessing, views, size)
+    advise(recording.source, measured.frames)
     _check_variety(recording.source, measured)
     return ActivationRanges(
         weights=digest,

@@ -20,7 +20,7 @@ import yaml
 
 from dapo_edge.data.dataset import SEVERAL, Sample, SplitName
 from dapo_edge.data.pictures import IMAGE_EXTENSIONS
-from dapo_edge.errors import RecipeError, did_you_mean
+from dapo_edge.errors import RecipeError, SourceError, did_you_mean
 from dapo_edge.structures import NORMAL
 
 GOOD, MASKS, TABLE = "good", "masks", "images.csv"
@@ -126,6 +126,13 @@ def _read_folder(root: Path, layout: Layout, categories: Categories) -> Iterator
     if (root / GOOD).is_dir():
         there = {root.resolve().name: root}
     for category in layout.chosen(root, there, categories):
+        kinds = {kind.name for kind in _folders(there[category])}
+        for masks in _folders(there[category] / MASKS) if MASKS in kinds else ():
+            if masks.name not in kinds and _images(masks):
+                raise SourceError(
+                    f"'{masks}' holds labels without images: there is no folder '{there[category] / masks.name}'",
+                    "Copy the images again, or delete their masks",
+                )
         for kind in _folders(there[category]):
             if kind.name != MASKS:
                 masks = there[category] / MASKS / kind.name

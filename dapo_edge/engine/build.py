@@ -44,7 +44,6 @@ from dapo_edge.package import (
     THRESHOLDS,
     EnginePackage,
     PackageWriter,
-    Preprocessing,
     Thresholds,
 )
 
@@ -129,14 +128,13 @@ def _started(recipe: Recipe, writer: PackageWriter, progress: Progress) -> Job:
     method = method_of(recipe)
     progress("encoding the words", 0, 1)
     bank = method.bank(recipe.prompts.defects, recipe.prompts.object)
-    preprocessing = Preprocessing(mean=method.clip.mean, std=method.clip.std, resize="pillow-bicubic")
     writer.write(PROMPTS, bank.to_bytes())
     progress("exporting the encoder", 0, 1)
     with writing_to(writer.folder / ENCODER):
         export_encoder(method, writer.folder / ENCODER, recipe.batch)
     writer.write(REPORT, b"{}")
     writer.write(THRESHOLDS, _as_bytes(Thresholds().model_dump(mode="json")))
-    return Job(recipe, method, bank, map_spec(recipe, method), preprocessing, progress)
+    return Job(recipe, method, bank, map_spec(recipe, method), method.clip.preprocessing, progress)
 
 
 def _manifest_fields(job: Job, precision: str) -> dict[str, Any]:
@@ -212,7 +210,7 @@ def _judged(job: Job, writer: PackageWriter, judge: Judge) -> tuple[dict[str, Ju
     if wanted not in ("int8", "auto"):
         return judged, None
     for spot in judge.blind_spots:
-        log.warning("the accuracy gate can't judge %s", spot)
+        log.warning("the accuracy gate can't tell %s", spot)
     int8 = build_int8(job, writer, draft, judge)
     return {**judged, "int8": int8.judged}, int8
 
@@ -284,12 +282,14 @@ def _refuse(
     page = _refused_page(destination)
     with contextlib.suppress(OutputError):  # the gate's own verdict matters more than its page
         write_report(page, document, judge.examples)
+    passing = [name for name, entry in document["precisions"].items() if not entry["failed"]]
+    other = f"Build with precision: {' or '.join(passing)}, or " if passing else "Look at its pictures, or "
     hurting = f"; {int8.hurting}" if int8 and precision == "int8" else ""
     more = " Other scales, or more of the line's own calibration frames, may pass." if hurting else ""
     raise GateError(
         f"precision {precision} failed the accuracy gate: {'; '.join(found.broken)}{hurting}",
-        f"No package was written, only the report '{page}'. Build with precision: fp32 or auto, or widen the limits "
-        f"under 'gate' if the drift is acceptable.{more}",
+        f"No package was written, only the report '{page}'. {other}widen the limits under 'gate' if the drift is "
+        f"acceptable.{more}",
     )
 
 

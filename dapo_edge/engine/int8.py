@@ -57,6 +57,11 @@ class Int8:
         """The blocks that hurt the maps most, in words."""
         return f"the blocks that INT8 hurts most are {_listed(give_back_order(self.sensitivities)[:WORST])}"
 
+    def _max_migrated(self, name: str) -> float | None:
+        """The largest |value| of a Linear's input after migration; None for one that was not migrated."""
+        migration = self.quantization.migrations.get(name)
+        return None if migration is None else float((self.ranges.linears[name].channel_max / migration).max())
+
     def as_json(self) -> dict[str, Any]:
         """The report's section."""
         best = self.search.quantization.settings
@@ -86,6 +91,7 @@ class Int8:
                     "max": seen.max,
                     "chosen": self.quantization.ranges.get(name),
                     "percentile_99.9": seen.estimates["percentile_99.9"],
+                    "max_migrated": self._max_migrated(name),
                 }
                 for name, seen in self.ranges.linears.items()
             },

@@ -64,14 +64,20 @@ class Judge:
 
     @property
     def blind_spots(self) -> tuple[str, ...]:
-        """What these frames can't tell about a precision, in words."""
-        found = []
+        """What these frames can't tell about a precision, in words; to be asked after something was judged."""
+        found, count, max_flips = [], len(self.frames), self._job.recipe.gate.max_flips
         if self._thresholds.image is None:
             found.append("verdict flips, because the package has no thresholds")
-        if not self.frames.labelled:
+        elif 0 < max_flips < 1 / count:
+            found.append(f"flips as rare as {max_flips:.2%}: of {count} frames, a single one is {1 / count:.2%}")
+        if self.accuracy is None:
             found.append("AUROC and AUPRO, because the frames have no labels")
-        if len(self.frames) < FEW_FRAMES:
-            found.append(f"anything rare, because there are only {len(self.frames)} frames")
+        elif self.accuracy.image_auroc is None:
+            found.append("image AUROC, because good or defective frames are missing")
+        if self.accuracy is not None and self.accuracy.pixel_auroc is None:
+            found.append("pixel AUROC and AUPRO, because no defective pixels are known")
+        if count < FEW_FRAMES:
+            found.append(f"what happens to fewer than one frame in {count}: there are no more")
         return tuple(found)
 
     @property

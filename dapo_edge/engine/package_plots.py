@@ -44,8 +44,11 @@ def range_plot(ranges: Mapping[str, Mapping[str, float]]) -> str:
         for key, label, style in (
             ("max", "largest", {"color": LARGEST, "marker": ".", "linestyle": ""}),
             ("percentile_99.9", "99.9 % are below", {"color": USUAL, "marker": ".", "linestyle": ""}),
+            ("max_migrated", "largest after moving outliers", {"color": CHOSEN, "marker": "x", "linestyle": ""}),
             ("chosen", "chosen range", {"color": CHOSEN, "linewidth": 1.4}),
         ):
+            if all(entry[key] is None for entry in ranges.values()):
+                continue  # nothing was migrated
             # A range of 0 has no place on a logarithmic axis.
             values = np.array([entry[key] for entry in found.values()], np.float64)
             axes.plot(list(found), np.where(values > 0, values, np.nan), label=label, **style)

@@ -51,9 +51,9 @@ class RecordingBackend(EagerBackend):
         tokens, embedding = super().encode(views)
         largest = float(np.abs(tokens).max())
         if not largest <= FP16_MAX:
+            reach = "hold NaN or Inf" if not np.isfinite(largest) else f"reach {largest:.4g}"
             raise GateError(
-                f"the patch tokens reach {largest:.4g}, but leave a compiled encoder as FP16, which ends at "
-                f"{FP16_MAX:.0f}",
+                f"the patch tokens {reach}, but leave a compiled encoder as FP16, which ends at {FP16_MAX:.0f}",
                 "Nothing was written. Check the weights of the backbone and of the tuned adapters",
             )
         if self._seen in self._wanted:

@@ -11,7 +11,7 @@ import yaml
 from dapo_edge.data import layouts
 from dapo_edge.data.dataset import SEVERAL, Sample
 from dapo_edge.data.layouts import LAYOUTS, layout_of
-from dapo_edge.errors import RecipeError
+from dapo_edge.errors import RecipeError, SourceError
 from dapo_edge.structures import NORMAL
 
 WITH_WORDS = [name for name in LAYOUTS if name not in ("folder", "csv")]
@@ -287,3 +287,12 @@ def test_the_vocabularies_are_complete() -> None:
     assert products == {"mvtec_ad": 15, "visa": 12, "mpdd": 6, "mad": 20, "real_iad": 30}
     assert LAYOUTS["real_iad"].types_of("tape") == ("missing", "contamination", "damage")
     assert LAYOUTS["folder"].types_of("tape") == ()
+
+
+def test_masks_of_a_type_whose_images_are_gone_are_noticed(tmp_path: Path) -> None:
+    touch(tmp_path, "a/good/1.png", "a/masks/dent/1.png")
+    with pytest.raises(SourceError, match=r"labels without images: there is no folder '.*a/dent'"):
+        layout_of("folder").read(tmp_path)
+    touch(tmp_path, "a/dent/1.png")
+    (tmp_path / "a/masks/empty").mkdir()
+    assert {sample.defect for sample in layout_of("folder").read(tmp_path)} == {NORMAL, "dent"}

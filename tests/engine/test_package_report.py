@@ -106,7 +106,12 @@ def document(**changes: Any) -> dict[str, Any]:
                 for block, harm in ((1, 1e-4), (2, 9e-4), (3, 2e-4))
             ],
             "ranges": {
-                name: {"max": 10.0 + place, "chosen": None if name in kept else 5.0, "percentile_99.9": 3.0}
+                name: {
+                    "max": 10.0 + place,
+                    "chosen": None if name in kept else 5.0,
+                    "percentile_99.9": 3.0,
+                    "max_migrated": 6.0,
+                }
                 for place, name in enumerate(names)
             },
             "left_in_float": [{"what": "LayerNorms", "count": 8, "why": "statistics of outliers"}],
@@ -186,8 +191,8 @@ def test_the_int8_sections() -> None:
     page = Page(report_page(document(), []))
     assert "7 of 12 Linears compute in INT8, with ranges by percentile_99.99 and outliers moved" in page.words
     assert "maps that differ by 0.00023 in the mean" in page.words
-    assert "the gate failed with it 4 Linears: block2.qkv, block2.out, block2.fc1, block2.fc2" in page.words
-    assert "asked for in the recipe block3.fc2" in page.words
+    assert "the gate failed with it 4 of the Linears: block2.qkv, block2.out, block2.fc1, block2.fc2" in page.words
+    assert "asked for in the recipe 1 of the Linears: block3.fc2" in page.words
     assert "block1.qkv, block1.out, block1.fc1, block1.fc2, block3.qkv, block3.out, block3.fc1" in page.words
     assert "percentile_99.99 ✓ 0.5 0.000912 max – 0.0234" in page.words, "the best first"
     assert len(page.of("svg")) == 2
@@ -383,12 +388,13 @@ def test_given_back_blocks_have_a_colour_of_their_own() -> None:
 
 def test_a_plot_of_ranges_has_a_panel_per_kind_and_takes_what_has_no_logarithm() -> None:
     ranges = document()["quantization"]["ranges"]
-    ranges["block1.fc1"] = {"max": 0.0, "chosen": None, "percentile_99.9": 0.0}
+    ranges["block1.fc1"] = {"max": 0.0, "chosen": None, "percentile_99.9": 0.0, "max_migrated": None}
     svg = range_plot(ranges)
     for name in ("QKV", "attention out", "FC1", "FC2", "chosen range", "99.9 % are below"):
         assert f">{name}<" in svg
-    zero = {"max": 0.0, "chosen": None, "percentile_99.9": 0.0}
-    assert "<svg" in range_plot({"block1.qkv": zero})
+    zero = {"max": 0.0, "chosen": None, "percentile_99.9": 0.0, "max_migrated": None}
+    assert "moving outliers" in svg
+    assert "moving outliers" not in range_plot({"block1.qkv": {**zero, "chosen": 1.0}})
 
 
 def test_the_page_of_a_large_encoder_stays_small() -> None:
@@ -398,6 +404,6 @@ def test_the_page_of_a_large_encoder_stays_small() -> None:
         quantized=names,
         kept={},
         sensitivity=[{"block": n, "harm": 1e-4 * n, "layers": [1e-4] * 4, "largest": 0.1} for n in range(1, 25)],
-        ranges={name: {"max": 9.0, "chosen": 5.0, "percentile_99.9": 3.0} for name in names},
+        ranges={name: {"max": 9.0, "chosen": 5.0, "percentile_99.9": 3.0, "max_migrated": 6.0} for name in names},
     )
     assert len(report_page(found, [])) < 300_000

@@ -151,7 +151,7 @@ def test_tokens_beyond_fp16_are_refused(tiny_recipe: Recipe, package: EnginePack
     recorder = Recorder(tiny_recipe, package, 1)
     with torch.no_grad():
         recorder.method.adapters[1].weight.mul_(scale)
-    with pytest.raises(GateError, match=r"patch tokens reach .*FP16, which ends at 65504.*adapters"):
+    with pytest.raises(GateError, match=r"patch tokens (reach|hold NaN) .*FP16, which ends at 65504.*adapters"):
         recorder.backend.encode(pictures(1))
 
 
