@@ -26,6 +26,7 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/spine.py --full-size
 	$(BIN)/python benchmarks/metrics.py
+	$(BIN)/python benchmarks/int8.py
 
 bench-gpu:
 	$(PYTHON) benchmarks/gpu.py $(ARGS)

@@ -16,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,9 @@ from naive_int8 import naive_int8
 from dapo_edge import build
 from dapo_edge.backends.base import Backend
 from dapo_edge.backends.host import all_channels
-from dapo_edge.backends.openvino import OpenVinoBackend
+from dapo_edge.backends.openvino import OpenVinoBackend, fast_float_type
 from dapo_edge.bench import percentiles
+from dapo_edge.calibration.frames import Usable, calibration_frames
 from dapo_edge.calibration.run import calibrate
 from dapo_edge.config import Calibration, Gate, Recipe, load_recipe
 from dapo_edge.data import protocol
@@ -39,10 +40,14 @@ from dapo_edge.data.protocol import surfaces_v1
 from dapo_edge.device import as_json, this_device
 from dapo_edge.engine.build import build as build_package
 from dapo_edge.engine.int8 import Int8, build_int8
+from dapo_edge.engine.job import Job
+from dapo_edge.engine.judge import Judge
+from dapo_edge.engine.range_probe import RangeProbe
 from dapo_edge.evaluation.comparison import TEST_SETS
 from dapo_edge.evaluation.metrics import Evaluation
+from dapo_edge.models.eager import EagerBackend
 from dapo_edge.models.method import Method, method_of
-from dapo_edge.package import ENCODER_INT8, QUANTIZATION, EnginePackage, PackageWriter
+from dapo_edge.package import ENCODER_INT8, EnginePackage, PackageWriter
 from dapo_edge.runtime.decide import decide
 from dapo_edge.training.views import World
 
@@ -129,17 +134,19 @@ def accuracy(folder: Path, images: int) -> dict[str, Any]:
         update={"precision": "int8", "calibration": Calibration(frames="synthetic", count=CALIBRATION_FRAMES)}
     )
     recipe = recipe.model_copy(update={"gate": Gate(frames="synthetic", count=200)})
-    kept: list[tuple[Any, ...]] = []
+    judged: dict[str, Any] = {}
 
-    def spied(*arguments: Any) -> Int8:
-        kept.append(arguments)
-        result = build_int8(*arguments)
-        kept.append((_naive_through_gate(*arguments),))
+    def spied(job: Job, writer: PackageWriter, draft: Callable[[], EnginePackage], judge: Judge) -> Int8:
+        """Put the naive encoder through the very gate of this build, and then our own."""
+        encoder = draft().encoder_bytes()
+        judged["encoder"] = naive_int8(encoder, _largest_values(job, encoder))
+        result = build_int8(job, writer, draft, judge)
+        judged["naive"] = _through_gate(judged["encoder"], writer, draft, judge)
         return result
 
     with patch("dapo_edge.engine.build.build_int8", spied):
         package = build_package(recipe, folder / "tiny.dapo")
-    naive = _naive_package(package, folder / "naive.dapo")
+    naive = _with_encoder(package, judged["encoder"], folder / "naive.dapo")
     report = package.report()
     with (
         opened(package) as backends,
@@ -149,7 +156,7 @@ def accuracy(folder: Path, images: int) -> dict[str, Any]:
     return {
         "images_per_test_set": images,
         "test_sets": tests,
-        "gate": {"ours": report["precisions"], "naive": kept[-1][0]},
+        "gate": {"ours": report["precisions"], "naive": judged["naive"]},
         "search": {key: report["quantization"][key] for key in ("estimator", "alpha", "given_back", "candidates")},
         "emulation_difference": report["quantization"]["emulation_difference"],
     }
@@ -227,8 +234,6 @@ def calibration(frames: int = 500) -> dict[str, Any]:
 @contextlib.contextmanager
 def opened(package: EnginePackage) -> Iterator[dict[str, OpenVinoBackend]]:
     """The package in every precision that this CPU computes."""
-    from dapo_edge.backends.openvino import fast_float_type
-
     with contextlib.ExitStack() as stack:
         yield {
             name: stack.enter_context(OpenVinoBackend.open(package, map_size="model", precision=name, cache=False))
@@ -256,20 +261,42 @@ def _tested(package: EnginePackage, backends: Mapping[str, Backend], name: str, 
             verdicts[precision].append(decide(score, float(batch.anomaly[0].max()), thresholds))
     summaries = {precision: evaluation.summary().as_json() for precision, evaluation in evaluations.items()}
     fp32 = summaries["fp32"]
+    f1 = {
+        precision: {word: curve.f1_max() for word, curve in evaluation.types.curves().items() if curve.defined}
+        for precision, evaluation in evaluations.items()
+    }
     return {
         precision: {
             **{metric: round(float(summary[metric] or 0), 5) for metric in METRICS},
             "drops": {metric: round(float((fp32[metric] or 0) - (summary[metric] or 0)), 5) for metric in METRICS},
+            "worst_type_f1_drop": round(_worst_drop(f1["fp32"], f1[precision]), 5),
             "flips": float(np.mean([a != b for a, b in zip(verdicts[precision], verdicts["fp32"], strict=True)])),
         }
         for precision, summary in summaries.items()
     }
 
 
-def _naive_through_gate(job: Any, writer: PackageWriter, draft: Any, judge: Any) -> dict[str, Any]:
-    """What the gate says of the naive recipe; the package's own INT8 encoder is put back afterwards."""
+def _worst_drop(before: Mapping[str, float], after: Mapping[str, float]) -> float:
+    """Of any defect type's pixel F1-max."""
+    return max(before[word] - after[word] for word in before)
+
+
+def _largest_values(job: Job, encoder: bytes) -> dict[str, float]:
+    """Of every tensor, over the very frames that our own INT8 is calibrated with."""
+    settings, probe = job.recipe.calibration, RangeProbe(encoder)
+    frames = calibration_frames(str(settings.frames), settings.count, job.recipe.seed)
+    with EagerBackend(job.method, job.bank, job.spec) as eager:
+        for view in Usable(job.method.image_size).of(frames.frames()):
+            probe.observe(eager.preprocess([view]).numpy())
+    return probe.ranges
+
+
+def _through_gate(
+    encoder: bytes, writer: PackageWriter, draft: Callable[[], EnginePackage], judge: Judge
+) -> dict[str, Any]:
+    """What the gate says of an INT8 encoder; the package's own is put back afterwards."""
     own = (writer.folder / ENCODER_INT8).read_bytes()
-    writer.write(ENCODER_INT8, naive_int8(draft().encoder_bytes(), judge.reference.ranges))
+    writer.write(ENCODER_INT8, encoder)
     try:
         with OpenVinoBackend.open(draft(), map_size="model", precision="int8", cache=False) as backend:
             judged = judge.judge({"int8": backend})["int8"]
@@ -278,17 +305,13 @@ def _naive_through_gate(job: Any, writer: PackageWriter, draft: Any, judge: Any)
     return {**asdict(judged.drift), "drops": asdict(judged.drops) if judged.drops else None, "failed": judged.broken}
 
 
-def _naive_package(package: EnginePackage, destination: Path) -> EnginePackage:
-    """The same package with the naive INT8 encoder."""
-    reference = package.reference()
-    assert reference is not None
-    fields = package.manifest.model_dump(exclude={"files", "format"})
+def _with_encoder(package: EnginePackage, encoder: bytes, destination: Path) -> EnginePackage:
+    """The same package with another INT8 encoder."""
     with PackageWriter(destination) as writer:
         for name in package.manifest.files:
             writer.write(name, (package.path / name).read_bytes())
-        writer.write(QUANTIZATION, (package.path / QUANTIZATION).read_bytes())
-        writer.write(ENCODER_INT8, naive_int8(package.encoder_bytes(), reference.ranges))
-        return writer.commit(fields)
+        writer.write(ENCODER_INT8, encoder)
+        return writer.commit(package.manifest.model_dump(exclude={"files", "format"}))
 
 
 if __name__ == "__main__":

@@ -105,8 +105,9 @@ def test_what_can_not_be_calibrated_is_refused(recipe_file: Path, tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["few", "recipes"], "no empty folder is left behind"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("step", ["loading", "exporting", "measuring"])
+@pytest.mark.parametrize(
+    ("number", "step"), [(signal.SIGINT, "loading"), (signal.SIGTERM, "exporting"), (signal.SIGINT, "measuring")]
+)
 def test_stopping_leaves_an_old_file_alone(recipe_file: Path, tmp_path: Path, number: int, step: str) -> None:
     old = tmp_path / "r.ranges.json"
     old.write_text("old")

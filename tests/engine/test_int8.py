@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from banks import has_fast_type
+from PIL import Image
 
 from dapo_edge.backends.onnx_quantized import for_cpu
 from dapo_edge.backends.openvino import OpenVinoBackend
 from dapo_edge.calibration.run import calibrate
 from dapo_edge.config import Recipe, parse_recipe
+from dapo_edge.data.surfaces import make_surface
 from dapo_edge.data.synth import write_dataset
 from dapo_edge.engine.build import REFUSED, build
 from dapo_edge.engine.int8 import fewest
@@ -28,12 +30,26 @@ LOOSE = {"count": 6, "min_type_agreement": 0.5}
 
 
 @pytest.fixture(scope="module")
-def int8_fields(tiny_fields: dict[str, Any]) -> dict[str, Any]:
+def frames(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folders of small pictures: drawing large ones takes longer than all that is done with them."""
+    found = {}
+    for purpose, first, count in (("calibration", 0, 8), ("gate", 100, 6)):
+        folder = tmp_path_factory.mktemp(purpose)
+        for number in range(first, first + count):
+            picture = make_surface(number, (120, 90), good_share=0.5).image
+            Image.fromarray(picture[..., ::-1]).save(folder / f"{number}.png")
+        found[purpose] = str(folder)
+    return found
+
+
+@pytest.fixture(scope="module")
+def int8_fields(tiny_fields: dict[str, Any], frames: dict[str, str]) -> dict[str, Any]:
     return {
         **tiny_fields,
         "precision": "int8",
-        "calibration": {"frames": "synthetic", "count": 8, "estimator": "percentile", "migration": 0.5},
-        "gate": LOOSE,
+        "calibration": {"frames": frames["calibration"], "count": 8, "estimator": "percentile", "migration": 0.5},
+        "thresholds": {"frames": frames["calibration"]},
+        "gate": {**LOOSE, "frames": frames["gate"]},
     }
 
 
@@ -148,7 +164,7 @@ def test_recipes_that_cannot_be_calibrated(
 
 
 def test_kept_linears_stay_in_float(int8_fields: dict[str, Any], tmp_path: Path) -> None:
-    calibration = {"frames": "synthetic", "count": 8, "estimator": "max", "migration": 0.0}
+    calibration = {**int8_fields["calibration"], "estimator": "max", "migration": 0.0}
     fields = {**int8_fields, "calibration": {**calibration, "keep": ["block2", "block4.fc1"]}}
     quantization = build(parse_recipe(fields), tmp_path / "x.dapo").quantization()
     assert set(quantization.kept) == {"block2.qkv", "block2.out", "block2.fc1", "block2.fc2", "block4.fc1"}
@@ -159,7 +175,7 @@ def test_kept_linears_stay_in_float(int8_fields: dict[str, Any], tmp_path: Path)
 def test_what_the_gate_refuses_leaves_its_report_only(
     int8_fields: dict[str, Any], package_copy: Path, quantized: EnginePackage
 ) -> None:
-    impossible = {**int8_fields, "gate": {**LOOSE, "max_map_difference": 1e-7}}
+    impossible = {**int8_fields, "gate": {**int8_fields["gate"], "max_map_difference": 1e-7}}
     before = EnginePackage.open(package_copy).digest
     with pytest.raises(GateError, match=r"precision int8 failed .*blocks that INT8 hurts most") as caught:
         build(parse_recipe(impossible), package_copy)
@@ -178,7 +194,7 @@ def test_harmful_blocks_are_given_back_until_the_gate_passes(
 ) -> None:
     """A limit between what all blocks and what fewer blocks in INT8 do to the mean of the map."""
     whole = quantized.report()["precisions"]["int8"]["map_difference_mean"]
-    fields = {**int8_fields, "gate": {**LOOSE, "max_mean_map_difference": 0.8 * whole}}
+    fields = {**int8_fields, "gate": {**int8_fields["gate"], "max_mean_map_difference": 0.8 * whole}}
     package = build(parse_recipe(fields), tmp_path / "x.dapo")
     report, quantization = package.report(), package.quantization()
     section = report["quantization"]
@@ -209,7 +225,7 @@ def test_auto_takes_what_is_fastest_of_what_passes(
     assert slow.manifest.precision == ("fp16" if has_fast_type() else "fp32"), "9.9 is not 5 % less than 9 or 10"
     assert ENCODER_INT8 in slow.manifest.files, "it passed: another device may find it faster"
     milliseconds["int8"] = 1.0
-    strict = {**fields, "gate": {**LOOSE, "max_map_difference": 1e-5}}
+    strict = {**fields, "gate": {**int8_fields["gate"], "max_map_difference": 1e-5}}
     refused = build(parse_recipe(strict), tmp_path / "refused.dapo")
     assert refused.manifest.precision == "fp32"
     assert ENCODER_INT8 not in refused.manifest.files
@@ -298,8 +314,8 @@ def test_outliers_in_one_block_are_caught_and_recovered(
     """A LayerNorm's gain x 300 on some channels, made up for behind it: the float encoder stays what it was."""
     monkeypatch.setattr("dapo_edge.engine.build.method_of", with_outliers)
     usual = quantized.report()["precisions"]["int8"]["map_difference_mean"]
-    limits = {**LOOSE, "max_mean_map_difference": 2 * usual}
-    scales = {"frames": "synthetic", "count": 8}
+    limits = {**int8_fields["gate"], "max_mean_map_difference": 2 * usual}
+    scales = {"frames": int8_fields["calibration"]["frames"], "count": 8}
     found = {}
     for name, estimator, migration in (("max", "max", 0.0), ("migration", "max", 0.5)):
         calibration = {**scales, "estimator": estimator, "migration": migration}
