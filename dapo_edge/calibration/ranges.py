@@ -30,12 +30,17 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+def histogram_edges(largest: float) -> NDArray[np.float64]:
+    """Bounds [HISTOGRAM_BINS + 1] of a coarse histogram's bins up to `largest`; the first one really begins at 0."""
+    return largest * 2.0 ** (HISTOGRAM_OCTAVES * (np.arange(HISTOGRAM_BINS + 1) / HISTOGRAM_BINS - 1))
+
+
 class LinearRange(_Part):
     """What was seen at the input of one Linear."""
 
     estimates: Mapping[str, float]  # by `ESTIMATORS`: how far an INT8 scale should reach, in (0, max]
     channels: tuple[float, ...] | None  # largest |value| of each input channel, to 3 digits; None for fc2
-    histogram: tuple[int, ...]  # values per bin of |x|, see HISTOGRAM_BINS; the first bin has all below
+    histogram: tuple[int, ...]  # values per bin of |x|, see histogram_edges
 
     @property
     def max(self) -> float:
@@ -48,11 +53,6 @@ class LinearRange(_Part):
         if self.channels is None:
             raise ValueError("the channels of this Linear's input were not kept")
         return np.array(self.channels, np.float32)
-
-    @property
-    def edges(self) -> NDArray[np.float64]:
-        """Bounds [HISTOGRAM_BINS + 1] of the histogram's bins; the first bin really begins at 0."""
-        return self.max * 2.0 ** (HISTOGRAM_OCTAVES * (np.arange(HISTOGRAM_BINS + 1) / HISTOGRAM_BINS - 1))
 
     @model_validator(mode="after")
     def _consistent(self) -> LinearRange:

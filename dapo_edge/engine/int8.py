@@ -92,6 +92,7 @@ class Int8:
                     "chosen": self.quantization.ranges.get(name),
                     "percentile_99.9": seen.estimates["percentile_99.9"],
                     "max_migrated": self._max_migrated(name),
+                    "histogram": list(seen.histogram),
                 }
                 for name, seen in self.ranges.linears.items()
             },

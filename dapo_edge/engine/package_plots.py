@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from dapo_edge.backends.onnx_linears import ROLES
+from dapo_edge.calibration.ranges import histogram_edges
 from dapo_edge.evaluation.page import as_svg, new_figure
 
 QUANTIZED, KEPT, LAYER = "#2f7fd1", "#d9822b", "#5b6876"
@@ -36,11 +37,16 @@ def sensitivity_plot(sensitivity: Sequence[Mapping[str, Any]], given_back: Colle
     return as_svg(figure)
 
 
-def range_plot(ranges: Mapping[str, Mapping[str, float]]) -> str:
-    """Largest activation, 99.9th percentile and chosen range of every Linear's input, a panel per kind of Linear."""
+def range_plot(ranges: Mapping[str, Mapping[str, Any]]) -> str:
+    """How the inputs of every Linear are distributed, and the range that was chosen; a panel per kind of Linear.
+
+    Behind each block's marks, the darker a height, the more values of the calibration frames lie there.
+    """
     figure, panels = new_figure((5.2, 4.4), (2, 2), sharex=True, sharey=True)
     for role, axes in zip(ROLES, np.ravel(panels), strict=True):
         found = {int(block.removeprefix("block")): entry for block, entry in _of_role(ranges, role)}
+        for block, entry in found.items():
+            _draw_distribution(axes, block, entry)
         for key, label, style in (
             ("max", "largest", {"color": LARGEST, "marker": ".", "linestyle": ""}),
             ("percentile_99.9", "99.9 % are below", {"color": USUAL, "marker": ".", "linestyle": ""}),
@@ -55,13 +61,23 @@ def range_plot(ranges: Mapping[str, Mapping[str, float]]) -> str:
         axes.set_title(ROLE_NAMES[role], fontsize=9)
     panels[0, 0].xaxis.get_major_locator().set_params(integer=True)
     panels[0, 0].set_yscale("log")
+    shown = [entry["percentile_99.9"] for entry in ranges.values() if entry["percentile_99.9"] > 0]
+    if shown:
+        panels[0, 0].set_ylim(bottom=min(shown) / 10)  # the bulk of the values; what is below says nothing
     panels[0, 0].legend(fontsize=7)
     figure.suptitle("Activation ranges of the Linears' inputs", fontsize=11)
     figure.supxlabel("block", fontsize=9)
     return as_svg(figure)
 
 
-def _of_role(ranges: Mapping[str, Mapping[str, float]], role: str) -> list[tuple[str, Mapping[str, float]]]:
+def _draw_distribution(axes: Any, block: int, entry: Mapping[str, Any]) -> None:
+    if entry["max"] > 0:
+        counts = np.asarray(entry["histogram"], np.float64)[1:, None]  # the first bin, all that is near 0, says nothing
+        edges, width = histogram_edges(entry["max"])[1:], [block - 0.4, block + 0.4]
+        axes.pcolormesh(width, edges, np.sqrt(counts), cmap="Greys", vmax=1.5 * np.sqrt(counts.max()), rasterized=True)
+
+
+def _of_role(ranges: Mapping[str, Mapping[str, Any]], role: str) -> list[tuple[str, Mapping[str, Any]]]:
     """(block, entry) of the Linears of one kind, named as `onnx_linears.Linear.name`."""
     pairs = ((name.split("."), entry) for name, entry in ranges.items())
     return [(block, entry) for (block, found), entry in pairs if found == role]

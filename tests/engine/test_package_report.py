@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from dapo_edge.calibration.ranges import HISTOGRAM_BINS
 from dapo_edge.config import Gate
 from dapo_edge.engine.package_plots import range_plot, sensitivity_plot
 from dapo_edge.engine.package_report import DriftExample, LargestDrifts, report_page, write_report
@@ -111,6 +112,7 @@ def document(**changes: Any) -> dict[str, Any]:
                     "chosen": None if name in kept else 5.0,
                     "percentile_99.9": 3.0,
                     "max_migrated": 6.0,
+                    "histogram": list(range(HISTOGRAM_BINS)),
                 }
                 for place, name in enumerate(names)
             },
@@ -145,7 +147,7 @@ def test_it_needs_nothing_else() -> None:
     assert not page.of("script")
     assert not page.of("link")
     hrefs = [value for _, found in page.tags for name, value in found.items() if name.endswith("href")]
-    assert all(value.startswith("#") for value in hrefs)
+    assert all(value.startswith(("#", "data:image/png;base64,")) for value in hrefs)
     assert all(found["src"].startswith("data:image/jpeg;base64,") for found in page.of("img"))
     beside_namespaces = re.sub(rb'xmlns(:\w+)?="[^"]*"', b"", content)
     assert b"://" not in beside_namespaces
@@ -388,11 +390,17 @@ def test_given_back_blocks_have_a_colour_of_their_own() -> None:
 
 def test_a_plot_of_ranges_has_a_panel_per_kind_and_takes_what_has_no_logarithm() -> None:
     ranges = document()["quantization"]["ranges"]
-    ranges["block1.fc1"] = {"max": 0.0, "chosen": None, "percentile_99.9": 0.0, "max_migrated": None}
+    ranges["block1.fc1"] = {
+        "max": 0.0,
+        "chosen": None,
+        "percentile_99.9": 0.0,
+        "max_migrated": None,
+        "histogram": [0] * HISTOGRAM_BINS,
+    }
     svg = range_plot(ranges)
     for name in ("QKV", "attention out", "FC1", "FC2", "chosen range", "99.9 % are below"):
         assert f">{name}<" in svg
-    zero = {"max": 0.0, "chosen": None, "percentile_99.9": 0.0, "max_migrated": None}
+    zero = {**ranges["block1.qkv"], "max": 0.0, "chosen": None, "percentile_99.9": 0.0, "max_migrated": None}
     assert "moving outliers" in svg
     assert "moving outliers" not in range_plot({"block1.qkv": {**zero, "chosen": 1.0}})
 
@@ -404,6 +412,15 @@ def test_the_page_of_a_large_encoder_stays_small() -> None:
         quantized=names,
         kept={},
         sensitivity=[{"block": n, "harm": 1e-4 * n, "layers": [1e-4] * 4, "largest": 0.1} for n in range(1, 25)],
-        ranges={name: {"max": 9.0, "chosen": 5.0, "percentile_99.9": 3.0, "max_migrated": 6.0} for name in names},
+        ranges={
+            name: {
+                "max": 9.0,
+                "chosen": 5.0,
+                "percentile_99.9": 3.0,
+                "max_migrated": 6.0,
+                "histogram": [9] * HISTOGRAM_BINS,
+            }
+            for name in names
+        },
     )
     assert len(report_page(found, [])) < 300_000
