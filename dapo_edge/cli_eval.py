@@ -18,14 +18,12 @@ from dapo_edge.terminal import (
     PACKAGE_PATH,
     PRECISION,
     as_json,
-    interrupt,
+    interruptible_progress,
     map_size_option,
     parse_map_size,
     print_json,
     print_rich,
-    progress_bar,
     say,
-    stop_on_signals,
 )
 
 if TYPE_CHECKING:
@@ -90,7 +88,7 @@ def evaluate(
     if workers is None:
         workers = min(MOST_WORKERS, max(1, (os.cpu_count() or 2) - 1))
     started = time.monotonic()
-    with ExitStack() as stack, progress_bar() as progress, stop_on_signals(interrupt):
+    with ExitStack() as stack, interruptible_progress() as progress:
         subjects = [stack.enter_context(Subject.open(subject, backend=backend, precision=precision, map_size=size))]
         if compare:
             other = Subject.open(compare, backend=compare_backend, precision=compare_precision, map_size=size)

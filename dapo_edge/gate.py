@@ -236,6 +236,11 @@ def largest_differences(limits: Gate, runs_as: str) -> tuple[float, float]:
     return limits.max_map_difference or map_limit, limits.max_score_difference or score_limit
 
 
+def points(drop: float) -> str:
+    """A drop as people read it: signed percentage points, below 0 where it is worse."""
+    return f"{round(-100 * drop, 2) + 0.0:+.2f}"  # no minus before a zero
+
+
 def refuse(what: str, broken: Sequence[str], remedy: str) -> None:
     """Raise `GateError` if limits are broken."""
     if broken:

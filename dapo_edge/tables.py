@@ -39,6 +39,8 @@ def bench_table(result: dict[str, Any]) -> Group:
 
 def precision_table(report: dict[str, Any]) -> Table:
     """What the accuracy gate measured of each precision of a package."""
+    from dapo_edge import gate
+
     points = ("AUROC, points", "AUPRO, points")  # by which a precision is above or below eager torch
     columns = ("encoder ms", "faster", "MB", "map mean", "map max", "types", "flips", *points, "gate")
     table = Table("precision", *columns, box=None, pad_edge=False)
@@ -56,17 +58,10 @@ def precision_table(report: dict[str, Any]) -> Table:
             f"{found['map_difference_max']:.2g}",
             f"{found['type_agreement']:.2%}",
             "-" if found["flips"] is None else f"{found['flips']:.2%}",
-            *(
-                "-" if drops.get(key) is None else f"{round(-100 * drops[key], 2) + 0.0:+.2f}"
-                for key in ("image_auroc", "aupro")
-            ),
+            *("-" if drop is None else gate.points(drop) for drop in map(drops.get, ("image_auroc", "aupro"))),
             Text("passed" if not found["failed"] else "; ".join(found["failed"]), "red" if found["failed"] else ""),
         )
     return table
-
-
-def _points(drop: float | None) -> str:
-    return "-" if drop is None else f"{round(-100 * drop, 2) + 0.0:+.2f}"  # no minus before a zero
 
 
 def demo_table(result: dict[str, Any]) -> Group:

@@ -208,12 +208,11 @@ def _check_int8(backend: OpenVinoBackend, package: EnginePackage) -> None:
     Without VNNI instructions products are added in 16 bits. Raises `GateError`.
     """
     from dapo_edge import gate
-    from dapo_edge.backends.recorded import RecordedBackend
+    from dapo_edge.backends.recorded import drift_on_reference
 
-    with RecordedBackend.open(package, map_size="model") as recorded:
-        views, uncalibrated = list(recorded.views), Thresholds()  # too few frames to count flips
-        expected = gate.expectations(recorded, views, len(views), uncalibrated)
-    drift = gate.measure_drift(expected, {"int8": backend}, views, uncalibrated)["int8"]
+    data = package.reference()
+    assert data is not None, "no manifest holds INT8 without it"
+    drift = drift_on_reference(package, data, backend, Thresholds())  # too few frames to count flips
     gate.refuse(
         f"INT8 on this CPU ({cpu_name()})",
         gate.broken_repeat(drift, package.report()),

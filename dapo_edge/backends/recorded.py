@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Self
 
-from dapo_edge.backends.base import MapBatch, MapSize, View
+from dapo_edge import gate
+from dapo_edge.backends.base import Backend, MapBatch, MapSize, View
 from dapo_edge.backends.host import make_maps
 from dapo_edge.errors import PackageIncompatible
-from dapo_edge.package import EnginePackage
+from dapo_edge.gate import Drift
+from dapo_edge.package import EnginePackage, Thresholds
 from dapo_edge.prompt_bank import PromptBank
 from dapo_edge.reference_data import ReferenceData
 
@@ -29,7 +31,6 @@ class RecordedBackend:
         self.bank = package.bank()
         self._spec = package.manifest.map
         self._data = data
-        self.views = data.views  # [F, S, S, 3] BGR: the only ones that it knows
         self._place = {view.tobytes(): place for place, view in enumerate(data.views)}
 
     @classmethod
@@ -63,3 +64,20 @@ class RecordedBackend:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def drift_on_reference(
+    package: EnginePackage,
+    data: ReferenceData,
+    backend: Backend,
+    thresholds: Thresholds,
+    on_view: Callable[[int], None] = lambda done: None,
+) -> Drift:
+    """How far a backend is from eager torch on the views that travel with the package."""
+    views = list(data.views)
+    with RecordedBackend(package, data) as recorded:
+        expected = gate.expectations(recorded, views, len(views), thresholds)
+    found = gate.measure_drift(
+        expected, {"it": backend}, views, thresholds, lambda index, view, truth, batches: on_view(index + 1)
+    )
+    return found["it"]

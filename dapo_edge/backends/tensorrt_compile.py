@@ -17,7 +17,7 @@ from dapo_edge import cache, gate, seal, targets
 from dapo_edge.backends import onnx_flavours, onnx_quantized, trt_api
 from dapo_edge.backends.cuda import Cuda
 from dapo_edge.backends.kernel_check import check_kernels
-from dapo_edge.backends.recorded import NO_REFERENCE, RecordedBackend
+from dapo_edge.backends.recorded import NO_REFERENCE, drift_on_reference
 from dapo_edge.backends.tensorrt import TensorRtBackend, check_limits
 from dapo_edge.backends.trt_report import Attention, attention_fused
 from dapo_edge.config import packaged_recipe
@@ -219,24 +219,16 @@ def _passed_gate(
 ) -> gate.Drift:
     """Compare the plan, on the GPU, with what eager torch made of the same views. Raises `GateError`."""
     on_progress("accuracy gate", 0, len(reference.views))
-    with (
-        RecordedBackend(package, reference) as recorded,
-        TensorRtBackend(package, device.cuda, cubin.data, plan, map_size="model", precision=precision) as compiled,
-    ):
-        views, thresholds = list(reference.views), package.thresholds()
-        expected = gate.expectations(recorded, views, len(views), thresholds)
-        drifts = gate.measure_drift(
-            expected,
-            {precision: compiled},
-            views,
-            thresholds,
-            lambda index, view, truth, batches: on_progress("accuracy gate", index + 1, len(views)),
+    count = len(reference.views)
+    with TensorRtBackend(package, device.cuda, cubin.data, plan, map_size="model", precision=precision) as compiled:
+        drift = drift_on_reference(
+            package, reference, compiled, package.thresholds(), lambda done: on_progress("accuracy gate", done, count)
         )
         on_progress("checking the kernels", 0, 1)
         check_kernels(compiled, package)
     remedy = "No target was written. Compile with --precision fp32, or build with wider limits under 'gate'"
-    gate.refuse(f"the plan in {precision}", _broken(package, precision, drifts[precision]), remedy)
-    return drifts[precision]
+    gate.refuse(f"the plan in {precision}", _broken(package, precision, drift), remedy)
+    return drift
 
 
 def _broken(package: EnginePackage, precision: str, drift: gate.Drift) -> tuple[str, ...]:

@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dapo_edge import gate
 from dapo_edge.backends.onnx_graph import PlainGraph, read_plain
 from dapo_edge.backends.onnx_linears import ROLES, block_name, find_linears
 from dapo_edge.backends.onnx_quantized import for_cpu
 from dapo_edge.backends.openvino import OpenVinoBackend
-from dapo_edge.backends.recorded import RecordedBackend
+from dapo_edge.backends.recorded import drift_on_reference
 from dapo_edge.calibration.frames import Usable, calibration_frames
 from dapo_edge.calibration.ranges import ActivationRanges
 from dapo_edge.calibration.run import EncoderUnderTest, ranges_over, recording_of
@@ -264,11 +263,6 @@ def _with_emulation(judged: Judged, difference: float) -> Judged:
 
 def _on_reference(draft: EnginePackage, reference: ReferenceData) -> dict[str, float]:
     """What INT8 does to the frames that travel with the package: other machines must come near to it."""
-    views, uncalibrated = list(reference.views), Thresholds()
-    with (
-        RecordedBackend(draft, reference) as recorded,
-        OpenVinoBackend.open(draft, map_size="model", precision="int8", cache=False) as backend,
-    ):
-        expected = gate.expectations(recorded, views, len(views), uncalibrated)
-        drift = gate.measure_drift(expected, {"int8": backend}, views, uncalibrated)["int8"]
+    with OpenVinoBackend.open(draft, map_size="model", precision="int8", cache=False) as backend:
+        drift = drift_on_reference(draft, reference, backend, Thresholds())
     return {"map_difference_mean": drift.map_difference_mean, "map_difference_max": drift.map_difference_max}

@@ -18,7 +18,7 @@ from dapo_edge.config import Gate
 from dapo_edge.engine.package_plots import range_plot, sensitivity_plot
 from dapo_edge.evaluation.page import coloured, environment, jpeg, percent, thumbnail
 from dapo_edge.files import write_atomically
-from dapo_edge.gate import largest_differences
+from dapo_edge.gate import largest_differences, points
 
 EXAMPLES = 6  # of each precision
 WORST = 3  # blocks that are named
@@ -118,7 +118,7 @@ def _tiles(document: Document) -> list[tuple[str, str, str]]:
         ("verdict flips", _flips(own), "no thresholds" if own["flips"] is None else "of the frames"),
     ]
     if drop is not None:
-        found.append(("pixel AUROC", _points(drop), "points against eager torch"))
+        found.append(("pixel AUROC", points(drop), "points against eager torch"))
     return found
 
 
@@ -162,11 +162,7 @@ def _open_limit(document: Document, kind: str, place: int) -> str:
 def _metric(metric: str, found: Document) -> str:
     """A metric in percent, and in brackets the points that it is above or below eager torch."""
     drop = (found["drops"] or {}).get(metric)
-    return percent((found["accuracy"] or {}).get(metric)) + ("" if drop is None else f" ({_points(drop)})")
-
-
-def _points(drop: float) -> str:
-    return f"{round(-100 * drop, 2) + 0.0:+.2f}"  # no minus before a zero
+    return percent((found["accuracy"] or {}).get(metric)) + ("" if drop is None else f" ({points(drop)})")
 
 
 def _flips(found: Document) -> str:

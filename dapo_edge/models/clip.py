@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dapo_edge.errors import DependencyMissing, RecipeError, did_you_mean
-from dapo_edge.extras import require
+from dapo_edge.models.open_clip_import import import_open_clip
 from dapo_edge.package import Preprocessing
 
 BUNDLED_CONFIGS = Path(__file__).parent / "configs"
@@ -93,7 +92,7 @@ def load_clip(model: str, *, pretrained: str | None = None, checkpoint: Path | N
     Without `pretrained` and `checkpoint` the weights are a seeded initialisation, equal on every machine. Raises
     `RecipeError` for an unknown or unsuitable model and `DependencyMissing` when weights can't be downloaded.
     """
-    open_clip = _open_clip()
+    open_clip = import_open_clip()
     name = _register(open_clip, model)
     bundled = BUNDLED_WEIGHTS / f"{name}-{pretrained}.safetensors"
     if pretrained and not bundled.is_file():
@@ -224,39 +223,6 @@ def _grid(visual: Any, image_size: int) -> tuple[int, int]:
             f"Use {below or patch} or {below + patch}",
         )
     return image_size // patch, image_size // patch
-
-
-def _open_clip() -> Any:
-    """Import open_clip, also beside a torchvision whose compiled operators are missing.
-
-    The registry's torchvision is built for CUDA and fails to import with a CPU torch, because its Python side describes
-    operators that were never loaded. open_clip uses its transforms only, so declaring the names is enough.
-    """
-    require("torch")
-    operators = (
-        "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-        "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-        "roi_align(Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, SymInt pooled_width, "
-        "int sampling_ratio, bool aligned) -> Tensor",
-    )
-    try:
-        import torchvision  # type: ignore[import-untyped]  # noqa: F401
-    except (ImportError, RuntimeError):
-        _forget_modules("torchvision")
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for operator in operators:
-            with contextlib.suppress(RuntimeError):  # this one is there already
-                library.define(operator)
-        _KEPT_LIBRARIES.append(library)
-    return require("open_clip")
-
-
-_KEPT_LIBRARIES: list[Any] = []  # a torch library unregisters its operators when it is collected
-
-
-def _forget_modules(package: str) -> None:
-    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
-        del sys.modules[name]
 
 
 def _register(open_clip: Any, model: str) -> str:
