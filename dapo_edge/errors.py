@@ -9,7 +9,9 @@ DapoEdgeError                exit 1    a run-time error
 │   └── PackageIncompatible            made by a newer dapo-edge, or for another target
 ├── GateError                exit 4    a compiled precision failed the accuracy gate
 ├── SourceError              exit 5    a camera, video or folder can't be opened
-│   └── FrameError                     one frame can't be used; the frames after it can
+│   ├── FrameError                     one frame can't be used; the frames after it can
+│   ├── FrameTimeout                   no frame came in time; the source is still open
+│   └── SourceRefused                  asking again can't help: credentials, permission, pixel format, unknown feature
 └── DependencyMissing        exit 7    an optional package, or downloadable weights, are not there
 """
 
@@ -103,6 +105,14 @@ class FrameError(SourceError):
         """This error, with the place of the frame."""
         self.index, self.source = index, source
         return self
+
+
+class FrameTimeout(SourceError):
+    """No frame came within the time that the reader gave. The source is open, and may be asked again."""
+
+
+class SourceRefused(SourceError):
+    """A source can't be opened as it is asked for, and would refuse again: somebody must change something."""
 
 
 class DependencyMissing(DapoEdgeError):

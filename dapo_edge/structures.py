@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from dapo_edge.kernels.pixels import PixelView
 
 NORMAL = "normal"  # name of row 0 of every bank, map and truth
 MIN_SIDE_PX = 16  # below this no patch of any encoder is filled: a thumbnail or a damaged header
@@ -63,11 +68,19 @@ class Picture:
 class Frame:
     """One picture of a source."""
 
-    image: NDArray[np.uint8]  # [H, W, 3] BGR
+    pixels: NDArray[np.uint8] | PixelView  # [H, W, 3] BGR, or the camera's own bytes
     index: int  # counts from 0 within the source
     timestamp_ns: int  # when it was captured: wall clock, nanoseconds since 1970
     source: str  # the URI it came from
     truth: Truth | None = None
+    lost: int = 0  # frames that the camera or its driver lost since the frame before this one
+    resumed: bool = False  # the first one after the source was lost and found again
+    arrived_s: float = field(default_factory=time.monotonic)  # on this machine's monotonic clock, which no one sets
+
+    @cached_property
+    def image(self) -> NDArray[np.uint8]:
+        """[H, W, 3] uint8 BGR; a camera's own bytes are converted once, when it is first asked for."""
+        return self.pixels if isinstance(self.pixels, np.ndarray) else self.pixels.bgr()
 
 
 @dataclass(frozen=True, eq=False)

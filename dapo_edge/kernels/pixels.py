@@ -101,6 +101,10 @@ class PixelView:
         data = np.vstack([luma[:, columns], chroma[:, columns]])
         return PixelView(data, "NV12", across, down, (left - first_x, top - first_y, width, height))
 
+    def bgr(self) -> Bytes:
+        """The part that is looked at, [H, W, 3] BGR, contiguous."""
+        return np.ascontiguousarray(self.rgb()[..., ::-1])
+
     def rgb(self) -> Bytes:
         """The part that is looked at, [H, W, 3] RGB."""
         left, top, width, height = self.window

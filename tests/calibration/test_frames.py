@@ -177,7 +177,7 @@ class Camera(Source):
         self._index = -1
         return Properties(self.uri)
 
-    def _read(self) -> Frame | None:
+    def _read(self, timeout_s: float | None) -> Frame | None:
         self._index += 1
         if self._index == self.breaks:
             raise SourceError("the cable was pulled", "Plug it in")

@@ -24,7 +24,7 @@ class Scripted(Source):
     def _open(self) -> Properties:
         return Properties(uri=self.uri)
 
-    def _read(self) -> Frame | None:
+    def _read(self, timeout_s: float | None) -> Frame | None:
         if not self.script:
             return None
         item = self.script.pop(0)

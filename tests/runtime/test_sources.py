@@ -70,7 +70,7 @@ class Fake(Source):
         self.closed = 0
         return Properties(self.uri)
 
-    def _read(self) -> Frame | None:
+    def _read(self, timeout_s: float | None) -> Frame | None:
         if not self.left:
             return None
         error = self.left.pop(0)

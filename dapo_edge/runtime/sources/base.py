@@ -2,6 +2,7 @@
 
 A new kind of source is one file with one subclass of `Source` and one line in `SOURCES`. The subclass is made from the
 URI alone, does nothing until `_open`, and fills in three methods; state, errors of use and iteration are handled here.
+What is wrong with the URI itself shows when it is opened, as `SourceRefused`, before any hardware is touched.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from types import TracebackType
+from typing import ClassVar
 
-from dapo_edge.errors import FrameError, SourceError
+from dapo_edge.errors import FrameError, FrameTimeout, SourceError
 from dapo_edge.runtime.sources.uri import Address, redact, split
 from dapo_edge.structures import Frame
 
@@ -25,10 +27,13 @@ class Properties:
     fps: float | None = None  # frames per second
     length: int | None = None  # frames; None also for a source without end
     live: bool = False  # frames come at their own pace, whether they are read or not
+    triggered: bool = False  # frames come when something happens on the line: silence is no fault
 
 
 class Source(ABC):
     """Frames from one place. One thread reads; `close` may come from another one."""
+
+    reconnects: ClassVar[bool] = False  # a camera, which is opened again when it is lost; a file is not
 
     def __init__(self, uri: str) -> None:
         self.uri = redact(uri)  # for messages and frames
@@ -54,18 +59,20 @@ class Source(ABC):
                 raise
         return self
 
-    def read(self) -> Frame | None:
+    def read(self, timeout_s: float | None = None) -> Frame | None:
         """The next frame, or None after the last one.
 
         `FrameError`: this frame can't be used and counts as failed; the next call goes on with the frame after it.
-        Any other `SourceError`: the source broke down, and the next call returns None.
+        `FrameTimeout`: none came within `timeout_s` seconds (None: waits as long as it takes); the next call waits on.
+        Some libraries can't be interrupted and come back later than asked. Any other `SourceError`: the source broke
+        down, and the next call returns None.
         """
         if self.properties and self._ended:
             return None
         try:
-            frame = self._read()
+            frame = self._read(timeout_s)
         except SourceError as error:
-            self._ended = not isinstance(error, FrameError)
+            self._ended = not isinstance(error, (FrameError, FrameTimeout))
             raise
         self._ended = frame is None
         return frame
@@ -110,7 +117,7 @@ class Source(ABC):
         """Acquire everything, or raise `SourceError`."""
 
     @abstractmethod
-    def _read(self) -> Frame | None:
+    def _read(self, timeout_s: float | None) -> Frame | None:
         """The next frame, None after the last one; see `read` for errors."""
 
     @abstractmethod

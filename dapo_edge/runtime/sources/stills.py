@@ -38,7 +38,7 @@ class StillSource(Source):
     def _find(self, path: Path) -> list[Path]:
         """The files to read, in order."""
 
-    def _read(self) -> Frame | None:
+    def _read(self, timeout_s: float | None) -> Frame | None:
         if self._next >= len(self._paths):
             return None
         index, self._next = self._next, self._next + 1

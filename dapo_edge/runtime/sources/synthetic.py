@@ -8,10 +8,10 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dapo_edge.errors import RecipeError, SourceError
+from dapo_edge.errors import FrameTimeout, RecipeError, SourceError
 from dapo_edge.runtime.sources.base import Properties, Source
 from dapo_edge.runtime.sources.uri import Option, options
-from dapo_edge.structures import Frame
+from dapo_edge.structures import Frame, Picture
 
 if TYPE_CHECKING:
     from dapo_edge.data.belt import Belt
@@ -35,6 +35,7 @@ class Settings:
     realtime: bool = False  # False: frames come as fast as they are asked for
     good: float = 0.5  # share of parts without a defect
     materials: tuple[str, ...] | None = None  # None: all
+    loop: int | None = None  # so many frames are drawn and kept, then come again: the camera costs no time to draw
 
 
 def _count(lowest: int, text: str) -> int:
@@ -60,12 +61,13 @@ OPTIONS = {
     "frames": Option(lambda text: _count(1, text), "a whole number from 1; leave it out for no end"),
     "realtime": Option(_switch, "0 or 1"),
     "good": Option(_share, "the share of good parts, from 0 to 1"),
+    "loop": Option(lambda text: _count(1, text), "a whole number from 1: so many different frames, over and over"),
     "materials": Option(lambda text: tuple(text.split(",")), "names of materials with commas between, + for a space"),
 }
 
 
 class SyntheticSource(Source):
-    """`synthetic://WIDTHxHEIGHT@FPS?seed=&frames=&realtime=&good=&materials=`, all of it optional.
+    """`synthetic://WIDTHxHEIGHT@FPS?seed=&frames=&realtime=&good=&materials=&loop=`, all of it optional.
 
     With `realtime=1` frame i comes i/FPS seconds after the first one. None is left out: a reader that is late gets
     the due ones at once. Otherwise timestamps are the moment of opening plus i/FPS.
@@ -75,6 +77,7 @@ class SyntheticSource(Source):
         super().__init__(uri)
         self._settings = Settings()
         self._belt: Belt | None = None
+        self._drawn: dict[int, Picture] = {}
         self._index = 0
         self._start_ns = 0  # wall clock at opening
         self._due_s = 0.0  # monotonic clock of the first frame
@@ -121,28 +124,45 @@ class SyntheticSource(Source):
             raise SourceError(f"'{self.uri}' has a frame rate out of range", remedy)
         return settings
 
-    def _read(self) -> Frame | None:
+    def _read(self, timeout_s: float | None) -> Frame | None:
         settings, index = self._settings, self._index
         if index == settings.frames:
             return None
-        belt = self._belt
-        if belt is None:  # closed by another thread
+        picture = self._picture(index)
+        if picture is None:  # closed by another thread
             return None
-        picture = belt.frame(index)
         timestamp_ns = self._start_ns + round(index * 1e9 / settings.fps)
         if settings.realtime:
-            if not self._wait_until_due(index):
+            if not self._wait_until_due(index, timeout_s):
                 return None
             timestamp_ns = time.time_ns()
         self._index += 1
         return Frame(picture.image, index, timestamp_ns, self.uri, picture.truth)
 
-    def _wait_until_due(self, index: int) -> bool:
+    def _picture(self, index: int) -> Picture | None:
+        """Frame `index`: drawn now, kept where it will be asked for again."""
+        belt, loop = self._belt, self._settings.loop
+        number = index if loop is None else index % loop
+        if belt is None or number in self._drawn:
+            return self._drawn.get(number)
+        picture = belt.frame(number)
+        if loop is None:
+            self._drawn.clear()  # the one before
+        self._drawn[number] = picture
+        return picture
+
+    def _wait_until_due(self, index: int, timeout_s: float | None) -> bool:
         """Wait for frame `index`; False when the source was closed meanwhile."""
         if index == 0:
             self._due_s = time.monotonic()  # after drawing the first picture, which takes longest
-        return not self._closed.wait(max(0.0, self._due_s + index / self._settings.fps - time.monotonic()))
+        wait_s = max(0.0, self._due_s + index / self._settings.fps - time.monotonic())
+        if timeout_s is not None and wait_s > timeout_s:
+            if self._closed.wait(timeout_s):
+                return False
+            raise FrameTimeout(f"'{self.uri}' gave no frame within {timeout_s:g} s", "Wait longer, or ask for more fps")
+        return not self._closed.wait(wait_s)
 
     def _close(self) -> None:
         self._closed.set()
         self._belt = None
+        self._drawn.clear()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote
 
-from dapo_edge.errors import SourceError, did_you_mean
+from dapo_edge.errors import SourceError, SourceRefused, did_you_mean
 
 LOCAL_SCHEMES = ("dir", "file", "image", "synthetic")  # these have no host, so an "@" in them is no credential
 _SECRET_KEY = re.compile(r"([?&;](?:password|passwd|pwd|pass|pw|token|secret|key|user|username)=)[^&;]*", re.I)
@@ -83,21 +83,21 @@ def uri_of(scheme: str, path: Path) -> str:
 
 
 def options(uri: str, query: str, known: Mapping[str, Option]) -> dict[str, Any]:
-    """Values of the keys in `query`; a key that is not `known`, or a value that is not valid, is a `SourceError`."""
+    """Values of the keys in `query`; a key that is not `known`, or a value that is not valid, is a `SourceRefused`."""
     values: dict[str, Any] = {}
     valid = ", ".join(f"{key} ({option.valid})" for key, option in known.items())
     remedy = f"Valid keys: {valid}" if known else "Leave out the '?' and what follows; a path's own '?' is written %3F"
     for key, text in parse_qsl(query, keep_blank_values=True):
         if key not in known:
             hint = did_you_mean(key, known, cutoff=0.6)
-            raise SourceError(f"'{redact(uri)}' has the unknown key '{key}'", hint + remedy)
+            raise SourceRefused(f"'{redact(uri)}' has the unknown key '{key}'", hint + remedy)
         if key in values:
-            raise SourceError(f"'{redact(uri)}' gives the key '{key}' twice", f"Keep one '{key}'")
+            raise SourceRefused(f"'{redact(uri)}' gives the key '{key}' twice", f"Keep one '{key}'")
         try:
             values[key] = known[key].convert(text)
         except ValueError as error:
             cause = f"'{redact(uri)}' has {key}={text}"
-            raise SourceError(cause, f"The value of '{key}' is {known[key].valid}") from error
+            raise SourceRefused(cause, f"The value of '{key}' is {known[key].valid}") from error
     return values
 
 

@@ -85,7 +85,7 @@ class VideoSource(Source):
             length=length if length > 0 else None,
         )
 
-    def _read(self) -> Frame | None:
+    def _read(self, timeout_s: float | None) -> Frame | None:
         with self._lock:
             return None if self._capture is None else self._read_open()
 
