@@ -21,8 +21,8 @@ from dapo_edge.outputs.overlay import Recorder, contact_sheet, draw, save_pictur
 from dapo_edge.package import EnginePackage
 from dapo_edge.runtime.confusion import Confusion, TrueDefect
 from dapo_edge.runtime.inspector import Inspector
-from dapo_edge.runtime.pipeline import Statistics, inspect_stream
-from dapo_edge.runtime.sources import open_source
+from dapo_edge.runtime.pipeline import Pipeline
+from dapo_edge.runtime.plan import CameraPlan
 
 WIDTH_PX, HEIGHT_PX = 640, 480
 BELT_FPS = 5  # few, so that many parts pass in a short video
@@ -40,7 +40,6 @@ def inspect_belt(
     package: EnginePackage, folder: Path, frames: int, on_frame: Callable[[int, int], None]
 ) -> dict[str, Any]:
     """Inspect `frames` frames of the belt; write belt.mp4, contact-sheet.png and results.jsonl into `folder`."""
-    statistics = Statistics()
     timings: list[Mapping[str, float]] = []
     sheet: list[NDArray[np.uint8]] = []
     captions: list[str] = []
@@ -50,7 +49,8 @@ def inspect_belt(
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with Inspector(package) as inspector, Recorder(folder / "belt.mp4", fps=BELT_FPS) as recorder:
-        for outcome in inspect_stream(inspector, [open_source(f"{BELT}&frames={frames}")], statistics):
+        pipeline = Pipeline(inspector, [CameraPlan("belt", f"{BELT}&frames={frames}")])
+        for outcome in pipeline:
             lines.append(json.dumps(frame_json(outcome)))
             frame, inspection = outcome.frame, outcome.inspection
             if frame is not None and frame.truth is not None and inspection is not None:
@@ -61,7 +61,7 @@ def inspect_belt(
                 if frame.index in shown:
                     sheet.append(overlay)
                     captions.append(caption(defects))
-            on_frame(statistics.captured, frames)
+            on_frame(len(lines), frames)
         backend = inspector.backend
     write_atomically(folder / "results.jsonl", ("\n".join(lines) + "\n").encode())
     save_picture(folder / "contact-sheet.png", contact_sheet(sheet, SHEET_COLUMNS, captions))
@@ -73,7 +73,7 @@ def inspect_belt(
         "device": as_json(this_device()),
         "backend": backend.name,
         "precision": backend.precision,
-        "summary": statistics.as_json(),
+        "summary": pipeline.as_json(),
         "confusion": confusion.as_json(),
         "stages": stages,
         "files": sorted(str(path) for path in folder.iterdir()),

@@ -34,16 +34,26 @@ class MapBatch:
 
 
 class Backend(Protocol):
-    """What the runtime needs from an engine. Backends are context managers and are used by one thread at a time."""
+    """What the runtime needs from an engine. Backends are context managers.
+
+    At most `concurrency` threads may be inside `infer` at a time; everything else is called while nobody is.
+    """
 
     name: str
     device: str  # in words
     precision: str  # the arithmetic that really runs: fp32, bf16, fp16 ...
     bank: PromptBank
+    concurrency: int  # calls of `infer` that run at once and gain by it
+    takes_camera_bytes: bool  # a `PixelView` costs no more than BGR, so nobody needs to convert it before
 
     @classmethod
-    def open(cls, package: EnginePackage, *, map_size: MapSize, precision: str | None = None) -> Self:
-        """Load the package's encoder. Raises `DependencyMissing`, `PackageError` or `BackendError`."""
+    def open(
+        cls, package: EnginePackage, *, map_size: MapSize, precision: str | None = None, throughput: bool = False
+    ) -> Self:
+        """Load the package's encoder. Raises `DependencyMissing`, `PackageError` or `BackendError`.
+
+        `throughput`: the most frames per second of several cameras, at the cost of the single frame's latency.
+        """
         ...
 
     def infer(self, views: Sequence[View]) -> MapBatch:

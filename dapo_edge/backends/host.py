@@ -32,7 +32,7 @@ def resize_view(view: View, size: int) -> NDArray[np.uint8]:
     from PIL import Image
 
     if isinstance(view, PixelView):
-        view = view.rgb()[..., ::-1]
+        view = view.bgr()
     height, width = view.shape[:2]
     if (height, width) == (size, size):
         return np.ascontiguousarray(view)

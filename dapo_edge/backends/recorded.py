@@ -25,6 +25,8 @@ class RecordedBackend:
 
     name = "recorded"
     device = "recorded at build time"
+    concurrency = 1
+    takes_camera_bytes = False
     precision = "fp32"
 
     def __init__(self, package: EnginePackage, data: ReferenceData) -> None:
@@ -34,7 +36,9 @@ class RecordedBackend:
         self._place = {view.tobytes(): place for place, view in enumerate(data.views)}
 
     @classmethod
-    def open(cls, package: EnginePackage, *, map_size: MapSize, precision: str | None = None) -> Self:
+    def open(
+        cls, package: EnginePackage, *, map_size: MapSize, precision: str | None = None, throughput: bool = False
+    ) -> Self:
         """Of a package that has a reference."""
         data = package.reference()
         if data is None:

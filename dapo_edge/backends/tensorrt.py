@@ -37,6 +37,8 @@ class TensorRtBackend:
     """Runs a package on this machine's GPU, from one of its compiled targets."""
 
     name = "tensorrt"
+    concurrency = 1  # one context, one stream
+    takes_camera_bytes = True
 
     def __init__(
         self, package: EnginePackage, cuda: Cuda, cubin: bytes, plan: bytes, *, map_size: MapSize, precision: str
@@ -67,7 +69,9 @@ class TensorRtBackend:
             raise
 
     @classmethod
-    def open(cls, package: EnginePackage, *, map_size: MapSize, precision: str | None = None) -> Self:
+    def open(
+        cls, package: EnginePackage, *, map_size: MapSize, precision: str | None = None, throughput: bool = False
+    ) -> Self:
         """Load the target that fits this device: of `precision`, else of the package's own.
 
         Raises `PackageIncompatible` when none fits, `BackendError` without a GPU and `DependencyMissing` without

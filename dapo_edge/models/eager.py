@@ -30,6 +30,8 @@ class EagerBackend:
 
     name = "eager"
     device = "torch"
+    concurrency = 1
+    takes_camera_bytes = False
     precision = "fp32"
 
     def __init__(self, method: Method, bank: PromptBank, spec: MapSpec, map_size: MapSize = "model") -> None:
@@ -42,7 +44,9 @@ class EagerBackend:
         self._std = torch.tensor(method.clip.std).view(3, 1, 1)
 
     @classmethod
-    def open(cls, package: EnginePackage, *, map_size: MapSize, precision: str | None = None) -> Self:
+    def open(
+        cls, package: EnginePackage, *, map_size: MapSize, precision: str | None = None, throughput: bool = False
+    ) -> Self:
         """Make the method again from the recipe that the package carries."""
         if precision not in (None, "fp32"):
             raise RecipeError(f"the eager reference computes in fp32, not '{precision}'", "Leave the precision out")

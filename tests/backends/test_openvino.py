@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from banks import has_fast_type, sharp_bank
 
-from dapo_edge import Inspector, cache, open_source
+from dapo_edge import Inspector, cache
 from dapo_edge.backends.base import backend_class
 from dapo_edge.backends.openvino import OpenVinoBackend
 from dapo_edge.errors import BackendError, PackageDamaged, RecipeError
@@ -18,7 +18,8 @@ from dapo_edge.models.eager import EagerBackend
 from dapo_edge.outputs.events import frame_json
 from dapo_edge.package import EnginePackage, Threshold, Thresholds
 from dapo_edge.prompt_bank import PromptBank
-from dapo_edge.runtime.pipeline import Statistics, inspect_stream
+from dapo_edge.runtime.pipeline import Pipeline
+from dapo_edge.runtime.plan import CameraPlan
 
 
 @pytest.fixture(scope="module")
@@ -204,8 +205,7 @@ def test_memory_stays_flat(package: EnginePackage) -> None:
         limit = Threshold(value=float(np.median(anomaly)), false_reject_rate=0, confidence_95=(0, 1))
         inspector.thresholds = Thresholds(image=limit, pixel=limit)
         sizes, found = [], 0
-        source = open_source("synthetic://320x240@30?frames=600")
-        for outcome in inspect_stream(inspector, [source], Statistics()):
+        for outcome in Pipeline(inspector, [CameraPlan("belt", "synthetic://320x240@30?frames=600")]):
             found += len(frame_json(outcome)["defects"])
             sizes.append(resident_mb())
     assert len(sizes) == 600

@@ -1,111 +1,363 @@
-"""Every frame is accounted for, whatever happens to it."""
+"""Frames of many cameras through one engine: order, batches, back-pressure, the end, and every frame accounted for."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+from line_fakes import QUICK, Collector, FakeInspector, scripted
 
-from dapo_edge.errors import BackendError, FrameError, SourceError
-from dapo_edge.runtime.pipeline import Statistics, inspect_stream
-from dapo_edge.runtime.sources import Properties, Source
-from dapo_edge.structures import DefectMap, Frame, Inspection
-
-
-class Scripted(Source):
-    """Delivers what its script says: a frame, or an error to raise."""
-
-    def __init__(self, script: Sequence[Any]) -> None:
-        super().__init__("scripted://")
-        self.script = list(script)
-
-    def _open(self) -> Properties:
-        return Properties(uri=self.uri)
-
-    def _read(self, timeout_s: float | None) -> Frame | None:
-        if not self.script:
-            return None
-        item = self.script.pop(0)
-        if isinstance(item, BaseException):
-            raise item
-        return Frame(np.zeros((16, 16, 3), np.uint8), item, 0, self.uri)
-
-    def _close(self) -> None:
-        self.closed = True
+from dapo_edge.errors import BackendError, FrameError, OutputError, RecipeError, SourceError
+from dapo_edge.kernels.pixels import PixelView
+from dapo_edge.runtime.accounting import Counts
+from dapo_edge.runtime.pipeline import Pipeline
+from dapo_edge.runtime.plan import CameraPlan, SinkPlan
+from dapo_edge.structures import Frame
 
 
-class Engine:
-    """Inspects frames, and fails at the indices that `faults` names."""
-
-    def __init__(self, faults: dict[int, BaseException]) -> None:
-        self.faults = faults
-
-    def inspect(self, frame: Frame) -> Inspection:
-        if frame.index in self.faults:
-            raise self.faults[frame.index]
-        flat = DefectMap(np.zeros((2, 2), np.float32), np.zeros((2, 2), np.uint8), ("normal", "a"))
-        return Inspection(0.1, "ok", flat, (), (16, 16))
+def files(*names: str, **options: Any) -> list[CameraPlan]:
+    return [CameraPlan(name, f"scripted://{name}", **options) for name in names]
 
 
-def counts(statistics: Statistics) -> tuple[int, int, int, int]:
-    assert statistics.captured == statistics.inspected + statistics.dropped + statistics.failed
-    return statistics.captured, statistics.inspected, statistics.dropped, statistics.failed
+def cameras(*names: str, **options: Any) -> list[CameraPlan]:
+    return [CameraPlan(name, f"camera://{name}", **options) for name in names]
 
 
-def test_frames_that_fail_at_either_end_are_counted() -> None:
-    statistics = Statistics()
-    lost = FrameError("torn", "replace it").at(1, "scripted://1")
-    source = Scripted([0, lost, 2, 3])
-    engine: Any = Engine({3: FrameError("too small", "use a larger one")})
-    outcomes = []
-    for outcome in inspect_stream(engine, [source], statistics):
-        outcomes.append(outcome)
-        counts(statistics)
-    assert counts(statistics) == (4, 2, 0, 2)
-    assert [outcome.index for outcome in outcomes] == [0, 1, 2, 3]
-    assert outcomes[1].source == "scripted://1"
-    assert source.closed
+def line(engine: FakeInspector, plans: Sequence[CameraPlan], *sinks: Any, **options: Any) -> Pipeline:
+    plans_of_sinks = [sink if isinstance(sink, SinkPlan) else SinkPlan(sink) for sink in sinks]
+    return Pipeline(engine, plans, plans_of_sinks, **{"patience": QUICK, **options})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("fault", "expected"),
-    [(BackendError("broke", "start again"), (3, 2, 0, 1)), (KeyboardInterrupt(), (3, 2, 1, 0))],
-)
-def test_the_frame_in_hand_is_counted_when_all_ends(fault: BaseException, expected: tuple[int, ...]) -> None:
-    statistics = Statistics()
-    source = Scripted(range(9))
-    engine: Any = Engine({2: fault})
-    with pytest.raises(type(fault)):
-        list(inspect_stream(engine, [source], statistics))
-    assert counts(statistics) == expected
-    assert source.closed
+def finished(pipeline: Pipeline) -> Counts:
+    counts = pipeline.counts()
+    assert counts.balanced and counts.in_flight == 0
+    return counts
 
 
-def test_sources_that_break_are_named_at_the_end() -> None:
-    statistics = Statistics()
-    engine: Any = Engine({})
-    broken = [Scripted([0, SourceError(f"camera {name} is gone", "plug it in")]) for name in ("A", "B")]
-    seen = []
-    with pytest.raises(SourceError, match="camera A is gone; camera B is gone"):
-        for outcome in inspect_stream(engine, [*broken, Scripted(range(3))], statistics):
-            seen.append(outcome.index)
-    assert seen == [0, 0, 0, 1, 2]
-    assert counts(statistics) == (5, 5, 0, 0)
+def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.002)
 
 
-def test_limit_and_stop_hold_between_frames() -> None:
-    statistics = Statistics()
-    engine: Any = Engine({})
-    assert len(list(inspect_stream(engine, [Scripted(range(9)), Scripted(range(9))], statistics, limit=2))) == 4
-    stop: list[int] = []
-    seen = []
-    for outcome in inspect_stream(
-        engine, [Scripted(range(9)), Scripted(range(9))], statistics, stopped=lambda: bool(stop)
+class Running:
+    """A pipeline that runs beside the test."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.pipeline = pipeline
+        self.error: BaseException | None = None
+        self.thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        try:
+            self.pipeline.run()
+        except BaseException as error:
+            self.error = error
+
+    def __enter__(self) -> Running:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.pipeline.abort()
+        self.end()
+
+    def end(self) -> None:
+        self.thread.join(10)
+        assert not self.thread.is_alive()
+
+
+def test_files_are_inspected_wholly_and_in_order() -> None:
+    sink = Collector()
+    with scripted(a=[range(50)], b=[range(30)]):
+        pipeline = line(FakeInspector(batch=4, concurrency=3, seconds=0.001), files("a", "b"), sink)
+        pipeline.run()
+    assert sink.indices("a") == list(range(50)) and sink.indices("b") == list(range(30))
+    assert finished(pipeline).inspected == 80
+    assert sink.opened == sink.closed == 1
+    assert all(outcome.inspection and outcome.inspection.ms["wait"] >= 0 for outcome in sink.outcomes)
+    assert sink.states("a") == ["connecting", "live", "ended"]
+
+
+def test_batches_mix_cameras_and_starve_none() -> None:
+    engine = FakeInspector(batch=4)
+    sink = Collector()
+    with scripted(a=[range(40)], b=[range(40)], c=[range(40)]):
+        engine.gate.clear()
+        with Running(line(engine, files("a", "b", "c"), sink, batch_window_s=0.05)) as running:
+            until(lambda: running.pipeline.counts().in_flight >= 12)
+            engine.gate.set()
+            running.end()
+    assert max(engine.batches) == 4 and sum(engine.batches) == 120
+    first = [outcome.camera for outcome in sink.outcomes[:60]]
+    assert min(first.count(name) for name in "abc") >= 10
+
+
+def test_a_batch_waits_for_other_cameras_no_longer_than_its_window() -> None:
+    engine = FakeInspector(batch=8)
+    with scripted(a=[[0]], b=[[lambda: time.sleep(0.3) or 0]]):  # type: ignore[func-returns-value]
+        started = time.monotonic()
+        outcomes = []
+        for outcome in line(engine, files("a", "b"), batch_window_s=0.05):
+            outcomes.append((outcome.camera, time.monotonic() - started))
+    assert [name for name, _ in outcomes] == ["a", "b"]
+    assert 0.05 <= outcomes[0][1] < 0.25
+
+
+def test_frames_that_fail_at_either_end_are_counted_and_reported_in_order() -> None:
+    lost = FrameError("torn", "replace it").at(1, "scripted://a/1")
+    engine = FakeInspector(fault=lambda frame: FrameError("odd shape", "mend it") if frame.index == 2 else None)
+    sink = Collector()
+    with scripted(a=[[0, lost, 2, 3]]):
+        pipeline = line(engine, files("a"), sink)
+        pipeline.run()
+    assert sink.indices("a") == [0, 1, 2, 3]
+    assert [bool(outcome.error) for outcome in sink.outcomes] == [False, True, True, False]
+    assert sink.outcomes[1].source == "scripted://a/1"
+    counts = finished(pipeline)
+    assert (counts.captured, counts.inspected, counts.failed) == (4, 2, 2)
+
+
+def test_a_file_that_breaks_does_not_keep_the_others_from_being_inspected() -> None:
+    broken = SourceError("the belt tore", "glue it")
+    with scripted(a=[[0, 1, broken]], b=[range(9)]):
+        pipeline = line(FakeInspector(), files("a", "b"))
+        with pytest.raises(SourceError, match=r"the belt tore\. [Gg]lue it"):
+            pipeline.run()
+    assert finished(pipeline).inspected == 11
+    with scripted(a=[[broken]], b=[[SourceError("no light", "wait")]], c=[[0]]):
+        pipeline = line(FakeInspector(), files("a", "b", "c"))
+        with pytest.raises(SourceError, match="tore; no light"):
+            pipeline.run()
+    assert finished(pipeline).inspected == 1
+
+
+def test_an_engine_that_breaks_ends_the_run_at_once() -> None:
+    engine = FakeInspector(fault=lambda frame: BackendError("GPU lost", "restart") if frame.index == 3 else None)
+    with scripted(a=[range(1000)], b=[range(1000)]):
+        pipeline = line(engine, [*files("a"), *cameras("b")])
+        with pytest.raises(BackendError, match="GPU lost"):
+            pipeline.run()
+    counts = finished(pipeline)
+    assert counts.failed >= 1 and counts.inspected < 100
+
+
+def test_wait_holds_the_source_back_and_drops_nothing() -> None:
+    engine = FakeInspector(seconds=0.005)
+    read: list[int] = []
+
+    def step(index: int) -> Callable[[], int]:
+        return lambda: read.append(index) or index  # type: ignore[func-returns-value]
+
+    engine.gate.clear()
+    with (
+        scripted(a=[[step(index) for index in range(40)]]),
+        Running(line(engine, cameras("a", policy="wait", queue=3, frames=40))) as running,
     ):
-        seen.append(outcome.index)
-        if outcome.index == 3:
-            stop.append(1)
-    assert seen == [0, 1, 2, 3]
-    assert counts(statistics) == (8, 8, 0, 0)
+        time.sleep(0.3)  # twice as long as the watchdog's patience
+        assert len(read) == 5  # one in the engine, three in the ring, one in hand
+        engine.gate.set()
+        running.end()
+    assert running.error is None
+    counts = finished(running.pipeline)
+    assert (counts.inspected, counts.dropped) == (40, 0)
+    assert running.pipeline.as_json()["cameras"][0]["reconnects"] == 0
+
+
+def test_newest_keeps_the_latest_frames_and_counts_the_others() -> None:
+    engine = FakeInspector()
+    engine.gate.clear()
+    sink = Collector()
+    with scripted(a=[range(100)]), Running(line(engine, files("a", policy="newest", queue=2), sink)) as running:
+        until(lambda: running.pipeline.counts().captured == 100)
+        engine.gate.set()
+        running.end()
+    assert sink.indices("a")[-2:] == [98, 99]
+    counts = finished(running.pipeline)
+    assert counts.inspected + counts.dropped_by["policy"] == 100
+    assert counts.dropped == counts.dropped_by["policy"] >= 95
+
+
+def test_a_live_source_keeps_the_newest_and_a_file_waits_where_nothing_is_said() -> None:
+    with scripted(a=[range(3)], b=[range(3)]):
+        pipeline = line(FakeInspector(), [*files("a"), *cameras("b", frames=3)])
+        pipeline.run()
+    assert [camera.lane.policy for camera in pipeline.cameras] == ["wait", "newest"]
+
+
+def test_stale_frames_are_dropped_by_our_own_clock() -> None:
+    old = Frame(np.zeros((16, 16, 3), np.uint8), 0, 0, "x", arrived_s=time.monotonic() - 5)
+    young = Frame(np.zeros((16, 16, 3), np.uint8), 1, 2**62, "x")  # its wall clock is far in the future
+    with scripted(a=[[old, young]]):
+        pipeline = line(FakeInspector(), files("a", max_age_s=1.0))
+        pipeline.run()
+    counts = finished(pipeline)
+    assert (counts.inspected, counts.dropped_by["stale"]) == (1, 1)
+
+
+def test_frames_that_the_camera_lost_are_in_the_account() -> None:
+    frames = [
+        Frame(np.zeros((16, 16, 3), np.uint8), 0, 0, "x"),
+        Frame(np.zeros((16, 16, 3), np.uint8), 4, 0, "x", lost=3),
+    ]
+    with scripted(a=[frames]):
+        pipeline = line(FakeInspector(), files("a"))
+        pipeline.run()
+    counts = finished(pipeline)
+    assert (counts.captured, counts.inspected, counts.dropped_by["camera"]) == (5, 2, 3)
+
+
+@pytest.mark.parametrize("policy", ["wait", "newest"])
+def test_a_target_rate_is_kept(policy: Any) -> None:
+    def soon() -> int:
+        time.sleep(0.001)
+        return 0
+
+    with scripted(a=[[soon] * 100_000]), Running(line(FakeInspector(), files("a", policy=policy, fps=50))) as running:
+        time.sleep(1)
+        running.pipeline.stop()
+        running.end()
+    counts = finished(running.pipeline)
+    assert 40 <= counts.inspected <= 55
+    assert (counts.dropped_by["policy"] > 200) == (policy == "newest")
+
+
+def test_stop_emits_what_was_captured() -> None:
+    engine = FakeInspector(seconds=0.01)
+    sink = Collector(seconds=0.002)
+    endless = iter(range(10**9))
+    with scripted(a=[endless], b=[range(10**6)]), Running(line(engine, files("a", "b"), sink)) as running:
+        until(lambda: running.pipeline.counts().inspected > 10)
+        running.pipeline.stop()
+        started = time.monotonic()
+        running.end()
+        assert time.monotonic() - started < 1
+    assert running.error is None
+    counts = finished(running.pipeline)
+    assert counts.dropped == 0 and len(sink.outcomes) == counts.inspected == counts.captured
+
+
+def test_stop_waits_for_a_slow_engine_only_so_long() -> None:
+    engine = FakeInspector(seconds=0.2)
+    with scripted(a=[range(100)]), Running(line(engine, files("a", queue=50), drain_s=0.5)) as running:
+        until(lambda: running.pipeline.counts().captured > 40)
+        running.pipeline.stop()
+        started = time.monotonic()
+        running.end()
+        assert time.monotonic() - started < 1.5
+    counts = finished(running.pipeline)
+    assert counts.dropped_by["shutdown"] > 30 and counts.inspected >= 2
+
+
+def test_abort_drops_what_waits() -> None:
+    engine = FakeInspector(seconds=0.05)
+    with scripted(a=[range(1000)]), Running(line(engine, files("a", queue=30))) as running:
+        until(lambda: running.pipeline.counts().captured > 20)
+        running.pipeline.abort()
+        running.end()
+    counts = finished(running.pipeline)
+    assert counts.dropped_by["shutdown"] >= 15 and counts.captured < 60
+
+
+def test_a_slow_sink_loses_its_own_entries_and_delays_nobody() -> None:
+    slow, quick = Collector("slow", seconds=0.05), Collector("quick")
+    with scripted(a=[range(200)]):
+        pipeline = line(FakeInspector(), files("a"), SinkPlan(slow, "newest", queue=2), SinkPlan(quick, "wait"))
+        pipeline.run()
+    assert len(quick.outcomes) == finished(pipeline).inspected == 200
+    state = {sink["name"]: sink for sink in pipeline.as_json()["sinks"]}
+    assert state["slow"]["written"] + state["slow"]["lost"] == 200 and state["slow"]["lost"] > 100
+    assert slow.indices("a")[-1] == 199 and slow.closed == 1
+
+
+def test_a_sink_of_files_loses_nothing_by_default() -> None:
+    slow = Collector(seconds=0.002)
+    with scripted(a=[range(100)]):
+        pipeline = line(FakeInspector(), files("a"), SinkPlan(slow, queue=2))
+        pipeline.run()
+    assert slow.indices("a") == list(range(100))
+
+
+def test_a_sink_that_raises_is_counted_and_named_at_the_end() -> None:
+    bad, good = Collector("bad", fault=OutputError("disk full", "free some space")), Collector("good")
+    with scripted(a=[range(20)]):
+        pipeline = line(FakeInspector(), files("a"), bad, good)
+        with pytest.raises(OutputError, match=r"sink 'bad' failed 20 times \(disk full\). [Ff]ree some space"):
+            pipeline.run()
+    assert len(good.outcomes) == finished(pipeline).inspected == 20
+    assert pipeline.as_json()["sinks"][0]["failed"] == 20
+
+
+def test_a_sink_that_hangs_does_not_keep_a_stopped_run() -> None:
+    stuck = Collector("stuck", seconds=3600)
+    with (
+        scripted(a=[range(10**6)]),
+        Running(line(FakeInspector(), files("a"), SinkPlan(stuck, "newest"), drain_s=0.3)) as running,
+    ):
+        until(lambda: running.pipeline.counts().inspected > 10)
+        running.pipeline.stop()
+        started = time.monotonic()
+        running.end()
+        assert time.monotonic() - started < 2  # the drain, and a second to wind up
+    assert finished(running.pipeline).dropped == 0
+
+
+def test_results_can_be_looped_over_and_left() -> None:
+    with scripted(a=[range(10)], b=[range(10**6)]):
+        assert [outcome.index for outcome in line(FakeInspector(), files("a"))] == list(range(10))
+        pipeline = line(FakeInspector(), files("b"))
+        for outcome in pipeline:
+            if outcome.index == 5:
+                break
+        del outcome
+    until(lambda: not [thread for thread in threading.enumerate() if thread.name in ("run", "camera b")])
+    assert pipeline.counts().balanced
+
+
+def test_a_loop_gets_the_error_after_the_results() -> None:
+    seen = []
+    with scripted(a=[[0, 1, SourceError("torn", "glue")]]), pytest.raises(SourceError, match="torn"):
+        for outcome in line(FakeInspector(), files("a")):
+            seen.append(outcome.index)
+    assert seen == [0, 1]
+
+
+def test_a_cameras_own_bytes_become_bgr_unless_the_backend_takes_them() -> None:
+    view = PixelView(np.full((16, 16), 9, np.uint8), "GRAY8", 16, 16)
+    kinds = []
+    for takes in (False, True):
+        engine = FakeInspector(fault=lambda frame: kinds.append(type(frame.pixels)))  # type: ignore[func-returns-value]
+        engine.backend.takes_camera_bytes = takes
+        with scripted(a=[[Frame(view, 0, 0, "x")]]):
+            line(engine, files("a")).run()
+    assert kinds == [np.ndarray, PixelView]
+    nonsense = Frame("no pixels at all", 7, 0, "x")  # type: ignore[arg-type]
+    with scripted(a=[[nonsense, 8]]):
+        outcomes = list(line(FakeInspector(), files("a")))
+    assert [(outcome.index, bool(outcome.error)) for outcome in outcomes] == [(7, True), (8, False)]
+
+
+def test_what_can_not_run_is_refused_before_anything_is_opened() -> None:
+    with pytest.raises(RecipeError, match="needs a source"):
+        line(FakeInspector(), [])
+    with scripted(a=[[0]]) as opened:
+        with pytest.raises(RecipeError, match="two sources are called 'a'"):
+            line(FakeInspector(), files("a", "a"))
+        with pytest.raises(RecipeError, match="two sinks are called 'x'"):
+            line(FakeInspector(), files("a"), Collector("x"), Collector("x"))
+        with pytest.raises(SourceError, match="unknown kind"):
+            line(FakeInspector(), [CameraPlan("a", "telepathy://a")])
+    assert not opened
+
+
+def test_a_file_that_is_not_there_shows_before_the_sinks_are_opened(tmp_path: Any) -> None:
+    sink = Collector()
+    pipeline = line(FakeInspector(), [CameraPlan("a", f"image://{tmp_path}/none.png")], sink)
+    with pytest.raises(SourceError, match="can't be opened"):
+        pipeline.run()
+    assert sink.opened == 0

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from dapo_edge.errors import SourceError
+from dapo_edge.errors import FrameTimeout, SourceError
 from dapo_edge.runtime.sources import Properties, open_source
 
 SMALL = "synthetic://96x64@50"
@@ -103,3 +103,21 @@ def test_a_wrong_address_says_what_is_valid(uri: str, word: str) -> None:
     with pytest.raises(SourceError) as caught:
         open_source(uri).open()
     assert word in str(caught.value)
+
+
+def test_a_loop_is_drawn_once_and_comes_again() -> None:
+    with open_source(f"{SMALL}?loop=3&frames=8") as source:
+        frames = list(source)
+    assert [frame.index for frame in frames] == list(range(8))
+    assert all(frames[index].image is frames[index % 3].image for index in range(8))
+    with open_source(f"{SMALL}?frames=3") as source:
+        assert all((frame.image == again.image).all() for frame, again in zip(source, frames, strict=False))
+
+
+def test_a_frame_that_is_not_due_yet_is_waited_for_no_longer_than_asked() -> None:
+    with open_source("synthetic://64x64@2?realtime=1&frames=2") as source:
+        assert source.read(0.1)
+        with pytest.raises(FrameTimeout):
+            source.read(0.05)
+        assert source.read(2)
+        assert source.read(0.1) is None

@@ -42,6 +42,11 @@ class Source(ABC):
         self._ended = False
 
     @property
+    def is_open(self) -> bool:
+        """Whether it can be read."""
+        return self._properties is not None
+
+    @property
     def properties(self) -> Properties:
         """What is known about the source, which must be open."""
         if self._properties is None:

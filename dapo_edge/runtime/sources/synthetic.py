@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from dapo_edge.errors import FrameTimeout, RecipeError, SourceError
 from dapo_edge.runtime.sources.base import Properties, Source
-from dapo_edge.runtime.sources.uri import Option, options
+from dapo_edge.runtime.sources.uri import SWITCH, Option, options
 from dapo_edge.structures import Frame, Picture
 
 if TYPE_CHECKING:
@@ -50,16 +50,10 @@ def _share(text: str) -> float:
     return float(text)
 
 
-def _switch(text: str) -> bool:
-    if text not in ("0", "1"):
-        raise ValueError(text)
-    return text == "1"
-
-
 OPTIONS = {
     "seed": Option(lambda text: _count(0, text), "a whole number from 0"),
     "frames": Option(lambda text: _count(1, text), "a whole number from 1; leave it out for no end"),
-    "realtime": Option(_switch, "0 or 1"),
+    "realtime": SWITCH,
     "good": Option(_share, "the share of good parts, from 0 to 1"),
     "loop": Option(lambda text: _count(1, text), "a whole number from 1: so many different frames, over and over"),
     "materials": Option(lambda text: tuple(text.split(",")), "names of materials with commas between, + for a space"),
@@ -89,6 +83,8 @@ class SyntheticSource(Source):
         self._belt = self._draw(settings.good)
         self._index, self._start_ns, self._due_s = 0, time.time_ns(), 0.0
         self._closed.clear()
+        for number in range(settings.loop or 0):
+            self._picture(number)
         return Properties(self.uri, *size, settings.fps, settings.frames, settings.realtime)
 
     def belt(self, good: float | None = None) -> Belt:
