@@ -13,12 +13,20 @@ from dapo_edge.errors import DependencyMissing
 EXTRA_OF_MODULE = {
     "cv2": "cpu",
     "openvino": "cpu",
+    "genicam": "genicam",
+    "harvesters": "genicam",
+    "pypylon": "basler",
     "jinja2": "build",
     "matplotlib": "build",
     "onnx": "build",  # and gpu, where a device compiles
     "open_clip": "build",
     "torch": "build",
     "torchvision": "build",
+}
+
+# Bindings to the system's own libraries, which pip can't bring.
+APT_PACKAGES = {
+    "gi": "python3-gi gir1.2-gst-plugins-base-1.0 gstreamer1.0-plugins-base gstreamer1.0-plugins-good",
 }
 
 
@@ -42,11 +50,19 @@ def named_extras() -> Iterator[None]:
         raise _missing(package, error) from error
 
 
-def _missing(package: str, error: ImportError, extra: str | None = None) -> DependencyMissing:
+def _missing(package: str, error: Exception, extra: str | None = None) -> DependencyMissing:
+    cause = f"the Python package '{package}' can't be imported ({error})"
+    if package in APT_PACKAGES:
+        return DependencyMissing(cause, system_remedy(package))
     remedy = f"Install it: pip install 'dapo-edge[{extra or EXTRA_OF_MODULE[package]}]'"
     if package == "cv2" and platform.machine() == "aarch64":
         remedy = (
             "Use the board's own OpenCV (apt install python3-opencv, and a venv with --system-site-packages), "
             "or on an ARM server pip install opencv-python-headless"
         )
-    return DependencyMissing(f"the Python package '{package}' can't be imported ({error})", remedy)
+    return DependencyMissing(cause, remedy)
+
+
+def system_remedy(package: str) -> str:
+    """How to get a package that belongs to the system."""
+    return f"Install it: apt install {APT_PACKAGES[package]}, and make the venv with --system-site-packages"

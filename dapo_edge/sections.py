@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -13,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from dapo_edge.errors import RecipeError, did_you_mean
 
 MAX_BYTES = 1_000_000
+RECIPE_SCHEMA = "dapo-edge build --schema"
 
 
 class Section(BaseModel):
@@ -21,41 +23,61 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The keys of a recipe's file. Raises `RecipeError`."""
+def read_yaml(
+    path: Path,
+    what: str = "recipe",
+    start: str = "Start from the demo recipe: dapo-edge build --print-demo-recipe",
+) -> dict[str, Any]:
+    """The keys of a YAML file. Raises `RecipeError`, which calls it `what` and says how to `start` one."""
+    remedy = f"Give a {what} in YAML"
     try:
         if path.exists() and not path.is_file():
-            raise RecipeError(f"the recipe '{path}' is not a file", "Give a recipe in YAML")
+            raise RecipeError(f"the {what} '{path}' is not a file", remedy)
         if path.stat().st_size > MAX_BYTES:
-            raise RecipeError(f"the recipe '{path}' is larger than {MAX_BYTES} bytes", "Give a recipe in YAML")
+            raise RecipeError(f"the {what} '{path}' is larger than {MAX_BYTES} bytes", remedy)
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise RecipeError(f"the recipe '{path}' can't be read ({error.strerror})", "Check the path") from error
+        raise RecipeError(f"the {what} '{path}' can't be read ({error.strerror})", "Check the path") from error
     except UnicodeDecodeError as error:
-        raise RecipeError(f"'{path}' is not a text file", "Give a recipe in YAML, UTF-8 encoded") from error
+        raise RecipeError(f"'{path}' is not a text file", f"{remedy}, UTF-8 encoded") from error
     try:
-        data = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
-        raise RecipeError(f"the recipe '{path}' is not valid YAML: {reason}", "Mend the named line") from error
+        data = parse_yaml(text)
+    except ValueError as error:
+        raise RecipeError(f"the {what} '{path}' is not valid YAML: {error}", "Mend the named line") from error
     if not isinstance(data, dict):
-        raise RecipeError(
-            f"the recipe '{path}' holds no keys", "Start from the demo recipe: dapo-edge build --print-demo-recipe"
-        )
+        raise RecipeError(f"the {what} '{path}' holds no keys", start)
     return data
 
 
-def parse_section(model: type[Section], data: dict[str, Any], origin: str) -> Any:
-    """Check a mapping against any section; `origin` starts the error's text."""
+def parse_yaml(text: str) -> Any:
+    """What a YAML text means, be it a single value. Raises `ValueError`."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+
+
+def parse_section(
+    model: type[Section], data: dict[str, Any], origin: str, *, schema: str = RECIPE_SCHEMA, also: Sequence[str] = ()
+) -> Any:
+    """Check a mapping against any section. Raises one `RecipeError` for all mistakes.
+
+    `origin` starts the error's text, `schema` is the command that lists the valid keys, and `also` are mistakes that
+    were found before, by somebody who looks at several sections at once.
+    """
+    section = None
+    mistakes = list(also)
     try:
         # As JSON, strict types still take a list for a tuple and a text for a path.
-        return model.model_validate_json(_as_json(data, origin))
+        section = model.model_validate_json(_as_json(data, origin))
     except ValidationError as error:
         found = [dict(item) for item in error.errors(include_url=False)]
-        mistakes = [_describe(model, item) for item in found if not _is_echo(item)]
-        raise RecipeError(
-            f"{origin}: {'; '.join(dict.fromkeys(mistakes))}", "See the valid keys: dapo-edge build --schema"
-        ) from error
+        mistakes += [_describe(model, data, item) for item in found if not _is_echo(item)]
+    if mistakes:
+        raise RecipeError(f"{origin}: {'; '.join(dict.fromkeys(mistakes))}", f"See the valid keys: {schema}")
+    return section
 
 
 def _as_json(data: dict[str, Any], origin: str) -> str:
@@ -65,7 +87,11 @@ def _as_json(data: dict[str, Any], origin: str) -> str:
         raise TypeError(f"{type(value).__name__} has no place in it")
 
     try:
-        return json.dumps(data, default=path_as_text)
+        text = json.dumps(data, default=path_as_text, ensure_ascii=False)
+        text.encode()
+        return text
+    except UnicodeEncodeError as error:
+        raise RecipeError(f"{origin}: a name in it is not text in UTF-8", "Rename the file") from error
     except (TypeError, ValueError, RecursionError) as error:
         reason = "it contains itself" if "ircular" in str(error) or isinstance(error, RecursionError) else error
         raise RecipeError(f"{origin} can't be read: {reason}", "Use only texts, numbers, lists and keys") from error
@@ -101,27 +127,74 @@ def _is_echo(item: dict[str, Any]) -> bool:
     return item["type"] == "too_short" and len(item["input"]) > item["ctx"]["actual_length"]
 
 
-def _describe(model: type[BaseModel], item: dict[str, Any]) -> str:
-    where = ".".join(str(part) for part in item["loc"] if "[" not in str(part))  # pydantic names union members there
+def _describe(model: type[BaseModel], data: Any, item: dict[str, Any]) -> str:
+    where = _path(data, item["loc"])
     if item["type"] == "extra_forbidden":
         valid = sorted(_fields_at(model, item["loc"][:-1]))
         hint = did_you_mean(str(item["loc"][-1]), valid).strip() or f"Valid keys are {', '.join(valid)}"
         return f"unknown key '{where}' ({hint[0].lower()}{hint[1:]})"
     if item["type"] == "missing":
         return f"the key '{where}' is missing"
+    if item["type"].startswith("union_tag_"):
+        return _describe_tag(where, item["ctx"])
     text = item["msg"].removeprefix("Value error, ").replace("tuple", "list").replace("Tuple", "List")
-    return f"'{where}' is {item['input']!r:.60}: {text[0].lower()}{text[1:]}" if where else text
+    return f"'{where}' is {_shown(item['input']):.60}: {text[0].lower()}{text[1:]}" if where else text
+
+
+def _describe_tag(where: str, context: dict[str, Any]) -> str:
+    """The key that says which of several sections is meant is missing, or says something else."""
+    where = ".".join(filter(None, (where, context["discriminator"].strip("'"))))
+    if "tag" not in context:
+        return f"the key '{where}' is missing"
+    valid = [name.strip(" '") for name in context["expected_tags"].split(",")]
+    return f"'{where}' is '{context['tag']}': {did_you_mean(context['tag'], valid)}Valid are {', '.join(valid)}"
+
+
+def _shown(value: Any) -> str:
+    """A value as Python writes it, without the passwords of the addresses in it."""
+    from dapo_edge.runtime.sources.uri import redact
+
+    return repr(redact(value)) if isinstance(value, str) else redact(repr(value))
+
+
+def _path(data: Any, location: tuple[Any, ...]) -> str:
+    """The keys that lead to a mistake, without the names of union members that pydantic puts between them."""
+    parts: list[str] = []
+    for number, part in enumerate(location):
+        if isinstance(data, dict) and (part in data or number == len(location) - 1):
+            data = data.get(part)
+        elif isinstance(data, (list, tuple)) and isinstance(part, int) and part < len(data):
+            data = data[part]
+        else:
+            continue
+        if "[" not in str(part):
+            parts.append(str(part))
+    return ".".join(parts)
 
 
 def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    """The valid keys where `location` leads; a part of it may be the tag that chooses one of several sections."""
+    sections = [model]
     for part in location:
-        field = model.model_fields.get(str(part))
-        model = (field and _section_in(field.annotation)) or model
-    return list(model.model_fields)
+        chosen = [section for section in sections if part in _tags(section)]
+        inner = [s for section in sections if part in section.model_fields for s in _sections_of(section, part)]
+        sections = chosen or inner or sections
+    return list(dict.fromkeys(name for section in sections for name in section.model_fields))
 
 
-def _section_in(annotation: Any) -> type[BaseModel] | None:
-    """The section that an annotation names, be it the item of a list."""
+def _tags(section: type[BaseModel]) -> set[Any]:
+    """What the section's own discriminator is."""
+    fields = [field.annotation for field in section.model_fields.values() if field.is_required()]
+    return {value for annotation in fields if get_origin(annotation) is Literal for value in get_args(annotation)}
+
+
+def _sections_of(section: type[BaseModel], key: str) -> list[type[BaseModel]]:
+    return list(_sections_in(section.model_fields[key].annotation))
+
+
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections that an annotation names, be they items of a list."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for part in get_args(annotation) if (found := _section_in(part))), None)
+        yield annotation
+    for part in get_args(annotation):
+        yield from _sections_in(part)

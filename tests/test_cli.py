@@ -60,8 +60,8 @@ def test_build_run_and_accounting(recipe_file: Path, tmp_path: Path) -> None:
     *lines, last = [json.loads(line) for line in run.stdout.splitlines()]
     assert [line["index"] for line in lines] == [0, 1, 2]
     for line in lines:
-        assert list(line) == ["source", "index", "timestamp_ns", "score", "verdict", "defects", "ms"]
-        assert set(line["ms"]) == {"preprocess", "encode", "map", "decide", "total"}
+        assert list(line) == ["camera", "source", "index", "timestamp_ns", "score", "verdict", "defects", "ms"]
+        assert set(line["ms"]) == {"wait", "preprocess", "encode", "map", "decide", "total"}
         assert line["verdict"] in ("ok", "ng", "unsure")
         for defect in line["defects"]:
             assert list(defect) == ["type", "score", "area_px", "box"]
@@ -283,8 +283,16 @@ def test_a_broken_source_does_not_keep_the_others_waiting(package: EnginePackage
 
 
 def test_passwords_are_never_printed(package: EnginePackage, tmp_path: Path) -> None:
+    process = start("run", package.path, "rtsp://user:geheim@localhost:1/stream", "--json")
+    assert process.stdout is not None
+    lines = [process.stdout.readline() for _ in range(3)]
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=30)
+    assert process.returncode == 0, errors
+    assert json.loads(lines[1])["camera"]["state"] == "lost"
+    assert "rtsp://***@localhost:1/stream" in output
+    assert "geheim" not in "".join(lines) + output + errors
     for arguments in (
-        ["run", package.path, "rtsp://user:geheim@cam/1"],
         ["run", "rtsp://user:geheim@cam/1", package.path],
         ["show", "rtsp://user:geheim@cam/1"],
         ["run", package.path, "file:///v.mp4?password=geheim"],

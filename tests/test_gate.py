@@ -37,7 +37,7 @@ class Painted:
         tokens[..., 0] += 100 * self.offset
         return tokens, tokens[:, 0, 0]
 
-    def infer(self, views: Sequence[Any]) -> MapBatch:
+    def infer(self, views: Sequence[Any], *, map_size: Any = None) -> MapBatch:
         anomaly = views[0][None, ..., 0].astype(np.float32) / 255 + self.offset
         types = (anomaly > 0.5).astype(np.uint8)
         probs = np.full((1, 3, 2, 2), 1 / 3, np.float32)

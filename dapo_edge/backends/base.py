@@ -56,8 +56,11 @@ class Backend(Protocol):
         """
         ...
 
-    def infer(self, views: Sequence[View]) -> MapBatch:
-        """Inspect views of any size and pixel format; with a map of the frame's size they must all have one size."""
+    def infer(self, views: Sequence[View], *, map_size: MapSize | None = None) -> MapBatch:
+        """Inspect views of any size and pixel format; with a map of the frame's size they must all have one size.
+
+        `map_size` overrides, for this call, the one that the backend was opened with.
+        """
         ...
 
     def encode(self, views: Sequence[View]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

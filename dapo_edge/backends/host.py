@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dapo_edge.backends.base import MapBatch, View
 from dapo_edge.kernels import reference
+from dapo_edge.kernels.blas import one_thread
 from dapo_edge.kernels.map_spec import MapSpec
 from dapo_edge.kernels.pixels import PixelView
 from dapo_edge.kernels.resample import pillow_bicubic
 from dapo_edge.prompt_bank import PromptBank
-
-if TYPE_CHECKING:
-    from threadpoolctl import ThreadpoolController
 
 
 def resize_view(view: View, size: int) -> NDArray[np.uint8]:
@@ -65,7 +60,7 @@ def make_maps(
     tokens: NDArray[np.float32], embedding: NDArray[np.float32], bank: PromptBank, spec: MapSpec, size: tuple[int, int]
 ) -> HostMaps:
     """Patch tokens [B, L, N, D] and embeddings [B, D] to maps of `size` = (width, height) and their scores."""
-    with _ONE_AT_A_TIME, _blas().limit(limits=1, user_api="blas"):
+    with one_thread():
         probs = reference.patch_probabilities(tokens, bank.rows, spec.temperature, spec.grid)
         maps = reference.defect_map(probs, *spec.tables(size))
         scores = reference.image_scores(spec.score, embedding, bank.rows, spec.temperature, maps.anomaly)
@@ -74,22 +69,6 @@ def make_maps(
 
 def all_channels(probs: NDArray[np.float32], spec: MapSpec, size: tuple[int, int]) -> NDArray[np.float32]:
     """The defect map that a `MapBatch` leaves out for speed: patch_probs [B, K+1, h, w] to [B, K+1, H, W] in [0, 1]."""
-    with _ONE_AT_A_TIME, _blas().limit(limits=1, user_api="blas"):
+    with one_thread():
         maps: NDArray[np.float32] = reference.upsample_maps(probs, *spec.tables(size))
     return np.clip(maps, 0, 1, out=maps)
-
-
-# The limit holds for the whole process: two threads that set and restore it by turns would leave it set.
-_ONE_AT_A_TIME = threading.Lock()
-
-
-@lru_cache(maxsize=1)
-def _blas() -> ThreadpoolController:
-    """NumPy's BLAS, to be kept on one thread.
-
-    After a product OpenBLAS lets its other threads spin for a while in case another one follows. Here the encoder
-    follows, on the same cores, and takes twice as long beside them.
-    """
-    from threadpoolctl import ThreadpoolController
-
-    return ThreadpoolController()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import queue
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -100,11 +101,11 @@ class OpenVinoBackend:
                 compiled_cache.store(KIND, key, model.export_model().getvalue())
         return cls(package, model, map_size, wanted)
 
-    def infer(self, views: Sequence[View]) -> MapBatch:
+    def infer(self, views: Sequence[View], *, map_size: MapSize | None = None) -> MapBatch:
         """Inspect views of any size. Views beyond the package's batch size go through in several calls."""
         manifest = self._package.manifest
         bank = self.bank  # one call sees one bank, even when another thread sets a new one meanwhile
-        size = map_pixels(self._map_size, manifest.image_size, views)
+        size = map_pixels(map_size or self._map_size, manifest.image_size, views)
         started = time.perf_counter()
         resized = [resize_view(view, manifest.image_size) for view in views]
         prepared = time.perf_counter()
@@ -162,7 +163,9 @@ class _Request:
 
     def __init__(self, request: Any, manifest: Manifest) -> None:
         self._request = request
-        self._input: NDArray[np.uint8] = np.zeros((manifest.batch, manifest.image_size, manifest.image_size, 3), np.uint8)
+        self._input: NDArray[np.uint8] = np.zeros(
+            (manifest.batch, manifest.image_size, manifest.image_size, 3), np.uint8
+        )
 
     def encode(self, resized: Sequence[View]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Patch tokens and image embeddings of views that have the encoder's size, in as many calls as they need."""
@@ -179,13 +182,32 @@ class _Request:
         for row, view in zip(self._input, resized, strict=False):
             row[...] = view
         try:
-            self._request.infer([self._input], share_inputs=True, share_outputs=True)
+            _first_alone(lambda: self._request.infer([self._input], share_inputs=True, share_outputs=True))
         except RuntimeError as error:
             raise BackendError(
                 f"OpenVINO failed while running the encoder ({_first_line(error)})", "Check memory, then start again"
             ) from error
         tokens, embedding = (self._request.get_output_tensor(index).data for index in (0, 1))
         return tokens[: len(resized)], embedding[: len(resized)]
+
+
+_FIRST = threading.Lock()
+_first_is_done = False
+
+
+def _first_alone(infer: Callable[[], object]) -> None:
+    """Run an inference, the process' first one alone: OpenVINO's bindings deadlock where two threads begin together.
+
+    One thread then holds the GIL and waits for a static variable's guard, the other holds the guard and waits for the
+    GIL.
+    """
+    global _first_is_done
+    if _first_is_done:
+        infer()
+        return
+    with _FIRST:
+        infer()
+        _first_is_done = True
 
 
 def _cached(core: Any, key: str, properties: dict[str, str]) -> Any | None:

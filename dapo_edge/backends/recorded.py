@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from typing_extensions import Self
 
 from dapo_edge import gate
-from dapo_edge.backends.base import Backend, MapBatch, MapSize, View
+from dapo_edge.backends.base import Backend, MapBatch, MapSize, View, map_pixels
 from dapo_edge.backends.host import make_maps
 from dapo_edge.errors import PackageIncompatible
 from dapo_edge.gate import Drift
@@ -50,10 +50,10 @@ class RecordedBackend:
         places = [self._place[np.ascontiguousarray(view).tobytes()] for view in views]
         return self._data.tokens[places].astype(np.float32), self._data.embeddings[places]
 
-    def infer(self, views: Sequence[View]) -> MapBatch:
-        """Maps of stored views, at the encoder's size."""
+    def infer(self, views: Sequence[View], *, map_size: MapSize | None = None) -> MapBatch:
+        """Maps of stored views, at the encoder's size unless `map_size` says otherwise."""
         tokens, embedding = self.encode(views)
-        size = (self._spec.image_size, self._spec.image_size)
+        size = map_pixels(map_size or "model", self._spec.image_size, views)
         return make_maps(tokens, embedding, self.bank, self._spec, size).batch(self.bank, {"encode": 0.0})
 
     def set_bank(self, bank: PromptBank) -> None:

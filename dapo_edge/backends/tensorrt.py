@@ -88,11 +88,11 @@ class TensorRtBackend:
             cuda.close()
             raise
 
-    def infer(self, views: Sequence[View]) -> MapBatch:
+    def infer(self, views: Sequence[View], *, map_size: MapSize | None = None) -> MapBatch:
         """Inspect views of any size and pixel format. Views beyond the plan's batch size take several calls."""
         manifest, bank = self._manifest, self.bank
         views = _trimmed(views)
-        size = map_pixels(self._map_size, manifest.image_size, views)
+        size = map_pixels(map_size or self._map_size, manifest.image_size, views)
         with self._cuda.active():
             results = [self._path(chunk, size).run(chunk, len(bank.names)) for chunk in _chunks(views, manifest.batch)]
         embedding = np.concatenate([result.embedding for result in results])

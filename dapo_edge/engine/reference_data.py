@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dapo_edge.backends.base import MapBatch, View
+from dapo_edge.backends.base import MapBatch, MapSize, View
 from dapo_edge.backends.host import resize_view
 from dapo_edge.backends.onnx_flavours import FP16_MAX
 from dapo_edge.engine.range_probe import RangeProbe
@@ -36,11 +36,11 @@ class RecordingBackend(EagerBackend):
         self._tokens: list[NDArray[np.float16]] = []
         self._embeddings: list[NDArray[np.float32]] = []
 
-    def infer(self, views: Sequence[View]) -> MapBatch:
+    def infer(self, views: Sequence[View], *, map_size: MapSize | None = None) -> MapBatch:
         """Inspect views of any size. Raises `GateError` for activations that are no numbers."""
         if self._probe:
             self._probe.observe(self.preprocess(views).numpy())
-        return super().infer(views)
+        return super().infer(views, map_size=map_size)
 
     @torch.inference_mode()
     def encode(self, views: Sequence[View]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -51,6 +51,26 @@ class MapSpec:
         width, height = size
         return self._table(self.grid[0], height), self._table(self.grid[1], width)
 
+    def tiled_tables(
+        self, size: tuple[int, int], tile: tuple[int, int], lefts: tuple[int, ...], tops: tuple[int, ...]
+    ) -> tuple[resample.TapTable, resample.TapTable]:
+        """Row and column tables for a map that overlapping tiles make, from their patches side by side.
+
+        `size` and `tile` are (width, height), `lefts` and `tops` where the tiles begin, all in px of the map. Smoothing
+        follows the blending, so that it does not stop at a tile's border.
+        """
+        (width, height), (tile_width, tile_height) = size, tile
+        rows = self._tiled_table(self.grid[0], tile_height, tops, height)
+        return rows, self._tiled_table(self.grid[1], tile_width, lefts, width)
+
+    def _tiled_table(self, patches: int, tile: int, starts: tuple[int, ...], pixels: int) -> resample.TapTable:
+        if len(starts) == 1:
+            return self._table(patches, pixels)
+        # Each patch at its own centre: with aligned corners, two tiles would show one place up to a patch apart.
+        piece = resample.bilinear(patches, tile, align_corners=False)
+        sigma = self.smoothing_px * tile / self.image_size
+        return resample.gaussian(pixels, sigma) @ resample.blend(piece, starts, pixels)
+
     def _table(self, patches: int, pixels: int) -> resample.TapTable:
         sigma = self.smoothing_px * pixels / self.image_size
         return resample.upsample(patches, pixels, align_corners=self.align_corners, sigma=sigma)

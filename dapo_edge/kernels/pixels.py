@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dapo_edge.errors import FrameError
+from dapo_edge.errors import DependencyMissing, FrameError
+from dapo_edge.extras import require
 from dapo_edge.kernels.resample import pillow_bicubic
 
 Bytes = NDArray[np.uint8]
@@ -102,8 +104,14 @@ class PixelView:
         return PixelView(data, "NV12", across, down, (left - first_x, top - first_y, width, height))
 
     def bgr(self) -> Bytes:
-        """The part that is looked at, [H, W, 3] BGR, contiguous."""
-        return np.ascontiguousarray(self.rgb()[..., ::-1])
+        """The part that is looked at, [H, W, 3] BGR, contiguous: what `rgb` defines, by OpenCV where it is installed.
+
+        The bits are the same; 12 megapixels of Bayer take OpenCV milliseconds and the definition more than a second.
+        """
+        cv2 = _opencv()
+        if cv2 is None or min(self.width, self.height) < 4:
+            return np.ascontiguousarray(self.rgb()[..., ::-1])
+        return np.ascontiguousarray(_to_bgr(cv2, self))
 
     def rgb(self) -> Bytes:
         """The part that is looked at, [H, W, 3] RGB."""
@@ -137,6 +145,54 @@ def to_rgb(data: Bytes, pixel_format: PixelFormat, width: int, height: int) -> B
     if pixel_format == "NV12":
         return _from_nv12(plane, data[height:, : width + width % 2])
     return _demosaic(plane)
+
+
+def _opencv() -> ModuleType | None:
+    try:
+        return require("cv2")
+    except DependencyMissing:
+        return None
+
+
+def _to_bgr(cv2: ModuleType, view: PixelView) -> Bytes:
+    """`view.bgr()` without copies of the camera's bytes: OpenCV takes rows that are longer than the picture."""
+    left, top, across, down = view.window
+    if view.format == "NV12":
+        return _nv12_to_bgr(cv2, view)
+    if view.format == "BayerRG8":
+        return _bayer_to_bgr(cv2, view)
+    if view.format == "GRAY8":
+        return cv2.cvtColor(view.data[top : top + down, left : left + across], cv2.COLOR_GRAY2BGR)
+    pixels = view.data[top : top + down, 3 * left : 3 * (left + across)].reshape(down, across, 3)
+    return pixels if view.format == "BGR8" else cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
+
+
+def _nv12_to_bgr(cv2: ModuleType, view: PixelView) -> Bytes:
+    """OpenCV takes pairs of rows and columns only: as many as hold the window, then the window of these."""
+    left, top, across, down = view.window
+    first_x, first_y = left // 2 * 2, top // 2 * 2
+    columns, rows = -(-(left + across - first_x) // 2) * 2, -(-(top + down - first_y) // 2) * 2
+    first_pair = view.height + first_y // 2
+    luma = view.data[first_y : first_y + rows, first_x : first_x + columns]
+    chroma = view.data[first_pair : first_pair + rows // 2, first_x : first_x + columns]
+    bgr = cv2.cvtColorTwoPlane(luma, chroma.reshape(rows // 2, columns // 2, 2), cv2.COLOR_YUV2BGR_NV12)
+    return bgr[top - first_y : top - first_y + down, left - first_x : left - first_x + across]
+
+
+def _bayer_to_bgr(cv2: ModuleType, view: PixelView) -> Bytes:
+    part = view.trimmed()
+    if min(part.width, part.height) < 4:
+        return part.rgb()[..., ::-1]
+    mosaic = part.data[: part.height, : part.width]
+    bgr = cv2.cvtColor(mosaic, cv2.COLOR_BayerBG2BGR)  # OpenCV's name of the pattern with red at the top left
+    # OpenCV repeats the pixels beside the border there. Strips of the definition, which keep the pattern's phase.
+    last_y, last_x = (part.height - 3) // 2 * 2, (part.width - 3) // 2 * 2
+    bgr[0], bgr[-1] = (_demosaic(strip)[row, :, ::-1] for strip, row in ((mosaic[:3], 0), (mosaic[last_y:], -1)))
+    bgr[:, 0], bgr[:, -1] = (
+        _demosaic(strip)[:, column, ::-1] for strip, column in ((mosaic[:, :3], 0), (mosaic[:, last_x:], -1))
+    )
+    left, top, across, down = part.window
+    return bgr[top : top + down, left : left + across]
 
 
 def preprocess(

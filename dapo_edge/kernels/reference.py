@@ -8,6 +8,7 @@ normal channel.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import get_args
 
 import numpy as np
@@ -24,6 +25,7 @@ SCORE_RULES = get_args(ScoreRule)
 _EPSILON = np.float32(1e-12)  # the smallest length a vector is divided by: a zero vector stays zero
 _TOP_FRACTION = 0.01
 _BLOCK_BYTES = 1 << 21  # upsampled channels held at once by the type map: a block that stays in the cache
+_BLOCK_COLUMNS = 512  # of a map of many tiles: narrow enough to need only a few of them
 
 
 def normalise(x: FloatArray, axis: int = -1) -> FloatArray:
@@ -90,10 +92,18 @@ class Maps:
     peaks: FloatArray  # [B, K+1] highest value of each channel
 
 
-def defect_map(probs: FloatArray, rows: TapTable, columns: TapTable) -> Maps:
-    """`anomaly_map` and `type_map` of the same `probs` `[B, K+1, h, w]`, and how high each channel reaches.
+def defect_map(
+    probs: FloatArray,  # [B, K+1, h, w]
+    rows: TapTable,
+    columns: TapTable,
+    inside: NDArray[np.bool_] | None = None,  # [H, W]; None: all of it
+    *,
+    banded: bool = False,
+) -> Maps:
+    """`anomaly_map` and `type_map` of the same `probs`, and how high each channel reaches.
 
-    Raises `ValueError` for more than 256 channels.
+    What is not `inside` is normal: anomaly 0, type 0, and no peak. `banded` leaves out the zeros of the tables, which
+    pays for those of many tiles. Raises `ValueError` for more than 256 channels.
     """
     batch, channels = probs.shape[:2]
     if channels > 256:
@@ -102,13 +112,18 @@ def defect_map(probs: FloatArray, rows: TapTable, columns: TapTable) -> Maps:
     anomaly = np.empty((batch, rows.size_out, columns.size_out), np.float32)
     types = np.zeros(anomaly.shape, np.uint8)
     peaks = np.zeros((batch, channels), np.float32)
-    step = max(1, _BLOCK_BYTES // (4 * channels * columns.size_out))
-    for image in range(batch):
-        for top in range(0, rows.size_out, step):
-            block = slice(top, top + step)
-            share = _upsample(probs[image], a_y[block], a_x)  # [K+1, step, W]
-            _running_argmax(share, types[image, block])
-            anomaly[image, block] = share[0]
+    across = _BLOCK_COLUMNS if banded else columns.size_out
+    step = max(1, _BLOCK_BYTES // (4 * channels * across))
+    for down, right in product(_spans(rows, step, banded), _spans(columns, across, banded)):
+        block = (down.made, right.made)
+        for image in range(batch):
+            patches = probs[image][:, down.read, right.read]
+            share = _upsample(patches, a_y[down.made, down.read], a_x[right.made, right.read])  # [K+1, step, across]
+            if inside is not None:
+                share *= inside[block]
+                share[0] += ~inside[block]
+            _running_argmax(share, types[image][block])
+            anomaly[image][block] = share[0]
             np.maximum(peaks[image], share.max(axis=(1, 2)), out=peaks[image])
     return Maps(_complement(anomaly), types, np.minimum(peaks, 1, out=peaks))
 
@@ -145,9 +160,19 @@ def image_scores(
     if rule == "max":
         return pixels.max(axis=1)
     if rule == "top":
-        count = max(1, int(pixels.shape[1] * _TOP_FRACTION))
-        return np.partition(pixels, -count, axis=1)[:, -count:].mean(axis=1)
+        return _top_means(pixels)
     raise ValueError(f"unknown score rule '{rule}': use one of {', '.join(SCORE_RULES)}")
+
+
+def top_mean(pixels: FloatArray) -> float:
+    """The score rule `top` of any number of anomalies, at least one: the mean of the highest 1 %, in [0, 1]."""
+    return float(_top_means(pixels.reshape(1, -1))[0])
+
+
+def _top_means(pixels: FloatArray) -> FloatArray:
+    """`[B, N]` to `[B]`."""
+    count = max(1, int(pixels.shape[1] * _TOP_FRACTION))
+    return np.partition(pixels, -count, axis=1)[:, -count:].mean(axis=1)
 
 
 def region_probabilities(
@@ -183,6 +208,26 @@ def _upsample(probs: FloatArray, a_y: FloatArray, a_x: FloatArray) -> FloatArray
     # One large product instead of one per channel.
     wide: FloatArray = tall.reshape(-1, tall.shape[-1]) @ a_x.T
     return wide.reshape(*tall.shape[:-1], -1)
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Part of a map's axis, and the patches it is made of."""
+
+    made: slice
+    read: slice
+
+
+def _spans(table: TapTable, step: int, banded: bool) -> list[_Span]:
+    """An axis in parts of `step`, each with all patches, or with those that have a weight there."""
+    spans = []
+    for start in range(0, table.size_out, step):
+        made, read = slice(start, start + step), slice(0, table.size_in)
+        if banded:
+            first = table.starts[made]  # starts never fall: see `resample`
+            read = slice(int(first[0]), int(first[-1]) + table.taps)
+        spans.append(_Span(made, read))
+    return spans
 
 
 def _complement(normal: FloatArray) -> FloatArray:

@@ -7,6 +7,7 @@ compose into one table by multiplication. The CPU multiplies the dense form; the
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -177,6 +178,39 @@ def upsample(size_in: int, size_out: int, *, align_corners: bool, sigma: float) 
     `sigma` is in pixels of the map. Source: see `gaussian` and `bilinear`, and their errors too.
     """
     return gaussian(size_out, sigma) @ bilinear(size_in, size_out, align_corners)
+
+
+def blend(piece: TapTable, starts: Sequence[int], size_out: int) -> TapTable:
+    """Overlapping pieces as one axis: from the samples of all pieces side by side, `[len(starts) · piece.size_in]`.
+
+    Each piece makes `piece.size_out` values from `starts[i]` on. Where pieces overlap, each one's weight falls linearly
+    to 0 over the overlap with its neighbour (feathering: Szeliski, Image Alignment and Stitching, section 6,
+    https://doi.org/10.1561/0600000009). Raises `ValueError` where starts go backwards or leave gaps.
+    """
+    length, each = piece.size_out, piece.size_in
+    ends = [start + length for start in starts]
+    steps = np.diff(starts)
+    if starts[0] != 0 or ends[-1] != size_out or (steps <= 0).any() or (steps > length).any():
+        raise ValueError(f"pieces of {length} at {list(starts)} don't cover an axis of {size_out}")
+    first = np.zeros(size_out, np.int64)  # per output row: the first column that any piece gives it
+    last = np.zeros(size_out, np.int64)
+    for number, start in reversed(list(enumerate(starts))):
+        first[start : start + length] = number * each + piece.starts
+    for number, start in enumerate(starts):
+        last[start : start + length] = number * each + piece.starts + piece.taps
+    weights = np.zeros((size_out, int((last - first).max())))  # [size_out, taps] float64
+    overlaps = [0, *(length - steps), 0]  # of each piece with the one before it
+    for number, start in enumerate(starts):
+        share = np.minimum(_rising(length, overlaps[number]), _rising(length, overlaps[number + 1])[::-1])
+        rows = np.arange(start, start + length)[:, None]
+        columns = number * each + piece.starts[:, None] + np.arange(piece.taps) - first[rows]
+        weights[rows, columns] += share[:, None] * piece.weights
+    return _pack(first, weights, len(starts) * each)
+
+
+def _rising(length: int, overlap: int) -> NDArray[np.float64]:
+    """Rises linearly over the first `overlap` of `length` samples, then stays at 1."""
+    return np.minimum(1, (np.arange(length) + 0.5) / max(overlap, 0.5))
 
 
 def _check_sizes(*sizes: int) -> None:

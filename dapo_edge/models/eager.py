@@ -54,10 +54,10 @@ class EagerBackend:
         return cls(method, package.bank(), package.manifest.map, map_size)
 
     @torch.inference_mode()
-    def infer(self, views: Sequence[View]) -> MapBatch:
+    def infer(self, views: Sequence[View], *, map_size: MapSize | None = None) -> MapBatch:
         """Inspect views of any size."""
         bank = self.bank
-        size = map_pixels(self._map_size, self.method.image_size, views)
+        size = map_pixels(map_size or self._map_size, self.method.image_size, views)
         started = time.perf_counter()
         image = self.preprocess(views)
         prepared = time.perf_counter()

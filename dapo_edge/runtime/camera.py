@@ -19,6 +19,7 @@ from dapo_edge.errors import DapoEdgeError, DependencyMissing, FrameError, Frame
 from dapo_edge.runtime.accounting import Account
 from dapo_edge.runtime.intake import Lane
 from dapo_edge.runtime.outcome import CameraEvent, CameraState, Outcome
+from dapo_edge.runtime.pace import Pace
 from dapo_edge.runtime.sources import Properties, Source
 from dapo_edge.structures import Frame
 
@@ -79,7 +80,7 @@ class Camera:
         self._session: _Session | None = _Session(self, source)
         self._left_behind: list[_Session] = []
         self._stopping = False
-        self._pace = _Pace(self.plan.fps)
+        self._pace = Pace(self.plan.fps)
         self._taken = 0  # frames of this run, to compare with the plan's limit
         self._next_index = 0
         self._lost_s: float | None = None  # when it was lost; None while all is well
@@ -385,29 +386,3 @@ class _Busy:
     def __exit__(self, *error: object) -> None:
         self._session._since_s = time.monotonic()
         self._session._busy.clear()
-
-
-class _Pace:
-    """At most so many frames per second, evenly."""
-
-    def __init__(self, fps: float | None) -> None:
-        self._period_s = 1 / fps if fps else 0.0
-        self._due_s = 0.0
-
-    def lets_through(self, arrived_s: float) -> bool:
-        """Whether a frame that came by itself is due."""
-        # Half a period early is nearer than a whole camera interval late, and keeps the mean rate.
-        if not self._period_s or arrived_s >= self._due_s:
-            self._due_s = max(self._due_s + self._period_s, arrived_s)
-            return True
-        return False
-
-    def delay_s(self) -> float:
-        """How long to wait before the next frame is asked for."""
-        if not self._period_s:
-            return 0.0
-        now_s = time.monotonic()
-        if now_s < self._due_s:
-            return self._due_s - now_s
-        self._due_s = max(self._due_s, now_s - self._period_s) + self._period_s
-        return 0.0

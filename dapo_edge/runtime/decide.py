@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
 from dapo_edge.extras import require
 from dapo_edge.kernels import reference
 from dapo_edge.kernels.map_spec import MapSpec
+from dapo_edge.kernels.resample import TapTable
 from dapo_edge.package import Thresholds
 from dapo_edge.structures import Region, Verdict
 
@@ -23,6 +27,17 @@ def decide(score: float, highest_anomaly: float, thresholds: Thresholds) -> Verd
     return ("ok", "unsure", "ng")[above]
 
 
+@dataclass(frozen=True, eq=False)
+class MapPart:
+    """A rectangle of the map, and the patches it was made of."""
+
+    probs: NDArray[np.float32]  # [K+1, h, w]
+    rows: TapTable
+    columns: TapTable
+    origin: tuple[int, int] = (0, 0)  # row and column of the map where it begins
+    owned: NDArray[np.bool_] | None = None  # the pixels that it gave to the map; None: all of its rectangle
+
+
 def find_regions(
     anomaly: NDArray[np.float32],  # [H, W]
     patch_probs: NDArray[np.float32],  # [K+1, h, w]
@@ -35,28 +50,57 @@ def find_regions(
 
     A region's type is the defect type with the highest mean probability over its pixels.
     """
+    height, width = anomaly.shape
+    return regions_of_parts(
+        anomaly, (MapPart(patch_probs, *spec.tables((width, height))),), names, threshold, frame_size
+    )
+
+
+def regions_of_parts(
+    anomaly: NDArray[np.float32],  # [H, W]
+    parts: Sequence[MapPart],
+    names: tuple[str, ...],
+    threshold: float,
+    frame_size: tuple[int, int],
+) -> tuple[Region, ...]:
+    """`find_regions` on a map that was made of several parts."""
     above = anomaly > threshold
     if not above.any():
         return ()
     cv2 = require("cv2")
     count, labels, stats, _ = cv2.connectedComponentsWithStats(above.view(np.uint8), connectivity=8)
     height, width = anomaly.shape
-    rows, columns = spec.tables((width, height))
     scale_x, scale_y = frame_size[0] / width, frame_size[1] / height
     regions = []
     for label in range(1, count):
         left, top, across, down, area = (int(value) for value in stats[label])
         window = (slice(top, top + down), slice(left, left + across))
         inside = labels[window] == label
-        probabilities = reference.region_probabilities(inside, patch_probs, rows, columns, (top, left))
+        weights = np.sum([_type_weights(inside, (top, left), part) for part in parts], axis=0)
         x, y = round(left * scale_x), round(top * scale_y)
         right, bottom = round((left + across) * scale_x), round((top + down) * scale_y)
         regions.append(
             Region(
-                type=names[1 + int(probabilities[1:].argmax())],
+                type=names[1 + int(weights[1:].argmax())],
                 score=float(anomaly[window][inside].max()),
                 area_px=max(1, round(area * scale_x * scale_y)),
                 box=(min(x, frame_size[0] - 1), min(y, frame_size[1] - 1), max(1, right - x), max(1, bottom - y)),
             )
         )
     return tuple(sorted(regions, key=lambda region: -region.score))
+
+
+def _type_weights(inside: NDArray[np.bool_], origin: tuple[int, int], part: MapPart) -> NDArray[np.float32]:
+    """Probabilities of each channel added up over those pixels of a window of the map that are a part's own, [K+1]."""
+    (top, left), (part_top, part_left) = origin, part.origin
+    first_row, first_column = max(top, part_top), max(left, part_left)
+    end_row = min(top + inside.shape[0], part_top + part.rows.size_out)
+    end_column = min(left + inside.shape[1], part_left + part.columns.size_out)
+    mask = inside[first_row - top : max(0, end_row - top), first_column - left : max(0, end_column - left)]
+    place = (first_row - part_top, first_column - part_left)
+    if part.owned is not None and mask.size:
+        mask = mask & part.owned[place[0] : place[0] + mask.shape[0], place[1] : place[1] + mask.shape[1]]
+    if not mask.any():
+        return np.zeros(len(part.probs), np.float32)
+    mean = reference.region_probabilities(mask, part.probs, part.rows, part.columns, place)
+    return mean * np.float32(np.count_nonzero(mask))

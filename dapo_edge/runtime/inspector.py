@@ -1,10 +1,11 @@
-"""The Inspector: a package opened for work, one frame in, one inspection out."""
+"""The Inspector: a package opened for work, frames in, inspections out."""
 
 from __future__ import annotations
 
 import math
-import threading
 import time
+from collections.abc import Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,21 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Self
 
-from dapo_edge.backends.base import Backend, View, backend_class, type_scores
+from dapo_edge.backends.base import Backend, View, backend_class
 from dapo_edge.errors import BackendError, FrameError, RecipeError
 from dapo_edge.kernels.map_spec import MapSize, check_map_size
 from dapo_edge.kernels.pixels import PixelView
 from dapo_edge.package import EnginePackage, Thresholds
 from dapo_edge.prompt_bank import PromptBank
-from dapo_edge.runtime.decide import decide, find_regions
+from dapo_edge.runtime.batching import Task, look_at
+from dapo_edge.runtime.decide import decide, regions_of_parts
+from dapo_edge.runtime.slots import Slots
+from dapo_edge.runtime.tiling import Plan, Views, plan
 from dapo_edge.structures import MAX_PIXELS, MIN_SIDE_PX, DefectMap, Frame, Inspection
 
 
 class Inspector:
-    """Inspects frames with an engine package. A context manager; threads that share one wait for each other."""
+    """Inspects frames with an engine package. A context manager; threads may share one, and wait for their turn."""
 
     def __init__(
         self,
@@ -32,10 +36,12 @@ class Inspector:
         backend: str = "openvino",
         map_size: MapSize | None = None,
         precision: str | None = None,
+        throughput: bool = False,
     ) -> None:
         """Open and verify a package, and load its encoder.
 
         `map_size` overrides the package's: "model", "frame" or (width, height). `precision` overrides its precision.
+        `throughput`: the most frames per second of several cameras, at the cost of the single frame's latency.
         """
         if not isinstance(package, (EnginePackage, str, Path)):
             raise RecipeError(
@@ -45,66 +51,80 @@ class Inspector:
         if map_size is not None:
             check_map_size(map_size)
         package = package if isinstance(package, EnginePackage) else EnginePackage.open(package)
-        self._setup(package, kind.open(package, map_size=map_size or package.manifest.map_size, precision=precision))
+        size = map_size or package.manifest.map_size
+        engine = kind.open(package, map_size=size, precision=precision, throughput=throughput)
+        self._setup(package, engine, size)
 
     @classmethod
-    def on(cls, package: EnginePackage, backend: Backend) -> Self:
-        """An inspector over a backend that is already open: the eager reference, or a fake."""
+    def on(cls, package: EnginePackage, backend: Backend, *, map_size: MapSize | None = None) -> Self:
+        """An inspector over a backend that is already open: the eager reference, or a fake.
+
+        `map_size`: what the backend was opened with; None for the package's.
+        """
         inspector = cls.__new__(cls)
-        inspector._setup(package, backend)
+        inspector._setup(package, backend, map_size or package.manifest.map_size)
         return inspector
 
-    def _setup(self, package: EnginePackage, backend: Backend) -> None:
+    def _setup(self, package: EnginePackage, backend: Backend, map_size: MapSize) -> None:
         self.package = package
         self.backend = backend
+        self.map_size: MapSize = map_size if isinstance(map_size, str) else (map_size[0], map_size[1])
         self._own_thresholds = package.thresholds()
         self.thresholds = self._own_thresholds
-        self._lock = threading.Lock()
+        self._slots = Slots(backend.concurrency)
 
-    def inspect(self, image: Frame | PixelView | NDArray[Any]) -> Inspection:
-        """Inspect one BGR image [H, W, 3] uint8 (or grey [H, W]), or a camera's own bytes.
+    @property
+    def max_batch(self) -> int:
+        """Views that the encoder takes at a time: as many frames are worth waiting for."""
+        return self.package.manifest.batch
 
-        Raises `FrameError` when it can't be one.
+    def inspect(self, image: Frame | PixelView | NDArray[Any], views: Views | None = None) -> Inspection:
+        """Inspect one BGR image [H, W, 3] uint8 (or grey [H, W]), or a camera's own bytes: all of it, or its `views`.
+
+        Raises `FrameError` when it can't be one, or does not hold the views.
+        """
+        (result,) = self.inspect_batch([image], [views])
+        if isinstance(result, FrameError):
+            raise result
+        return result
+
+    def inspect_batch(
+        self, images: Sequence[Frame | PixelView | NDArray[Any]], views: Sequence[Views | None] | None = None
+    ) -> list[Inspection | FrameError]:
+        """Inspect several images in as few engine calls as there is memory for; `views` says what to look at of each.
+
+        A frame that can't be used has its `FrameError` in its place, the others go on. All frames of one call see the
+        same bank and thresholds. `ms`: of each engine stage a frame has the share of its views in the call's;
+        "stitch" and "decide" are its own, and "total" is what passed from the call to its result.
         """
         started = time.perf_counter()
-        view = checked_view(image.image if isinstance(image, Frame) else image)
-        with self._lock:
+        if views is not None and len(views) != len(images):
+            raise RecipeError(f"{len(images)} images, but {len(views)} views", "Give views for each image, or none")
+        tasks = [self._task(image, wanted) for image, wanted in zip(images, views or repeat(None), strict=False)]
+        with self._slots.one():
             thresholds = self.thresholds
-            batch = self.backend.infer([view])
-        decided = time.perf_counter()
-        anomaly, score = batch.anomaly[0], float(batch.image_scores[0])
-        highest = float(anomaly.max())  # NaN if any pixel is
-        if not (math.isfinite(highest) and math.isfinite(score)):
-            raise BackendError(
-                f"the engine returned values that are not numbers ({self.backend.name}, {self.backend.precision})",
-                "Run in fp32, or build the package again: a float type overflowed or the weights are damaged",
-            )
-        size = (view.shape[1], view.shape[0])
-        names = batch.bank.names
-        thresholds = thresholds.for_bank(batch.bank)
-        limit = thresholds.pixel.value if thresholds.pixel else None
-        spec = self.package.manifest.map
-        regions = () if limit is None else find_regions(anomaly, batch.patch_probs[0], names, spec, limit, size)
-        verdict = decide(score, highest, thresholds) if self.package.manifest.trained else "unsure"
-        finished = time.perf_counter()
-        ms = {**batch.stage_ms, "decide": (finished - decided) * 1e3, "total": (finished - started) * 1e3}
-        defect_map = DefectMap(anomaly, batch.types[0], names)
-        return Inspection(score, verdict, defect_map, regions, size, limit, ms, type_scores(batch))
+            good = [task for task in tasks if isinstance(task, Task)]
+            look_at(good, self.backend, self.package.manifest, self.map_size)
+        return [task if isinstance(task, FrameError) else self._judged(task, thresholds, started) for task in tasks]
+
+    def plan(self, views: Views, frame_size: tuple[int, int]) -> Plan:
+        """What `views` cut out of frames of (width, height) px. Raises `RecipeError` where they do not fit."""
+        return plan(views, frame_size, self.package.manifest.map, self.map_size)
 
     def set_bank(self, bank: PromptBank, thresholds: Thresholds | None = None) -> None:
-        """Use other words from the next frame on; the engine stays as it is.
+        """Use other words from the next call on, from any thread; the engine stays as it is.
 
         Thresholds belong to words: without new ones every verdict is `unsure` until the package's own bank is back.
         """
         if not isinstance(bank, PromptBank):
             raise RecipeError(f"a prompt bank is needed, not {bank!r:.60}", "Read one with PromptBank.read(path)")
-        with self._lock:
+        with self._slots.all():
             self.backend.set_bank(bank)
             self.thresholds = thresholds or self._own_thresholds
 
     def close(self) -> None:
         """Free the engine."""
-        with self._lock:
+        with self._slots.all():
             self.backend.close()
 
     def __enter__(self) -> Self:
@@ -112,6 +132,41 @@ class Inspector:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def _task(self, image: Frame | PixelView | NDArray[Any], views: Views | None) -> Task | FrameError:
+        try:
+            frame = checked_view(image.pixels if isinstance(image, Frame) else image)
+            if views is None or views.whole_frame:
+                return Task(frame, None)
+            height, width = frame.shape[:2]
+            return Task(frame, self.plan(views, (width, height)))
+        except FrameError as error:
+            return error
+        except RecipeError as error:  # the camera's frames have another size now
+            return FrameError(error.cause, error.remedy)
+
+    def _judged(self, task: Task, thresholds: Thresholds, started_s: float) -> Inspection:
+        """Regions and verdict; `started_s` is when the call came, by `time.perf_counter`."""
+        begun = time.perf_counter()
+        manifest, names = self.package.manifest, task.bank.names
+        found = task.frame_map(manifest.map)
+        stitched = time.perf_counter()
+        highest = float(found.anomaly.max())  # NaN if any pixel is
+        if not (math.isfinite(highest) and math.isfinite(found.score)):
+            raise BackendError(
+                f"the engine returned values that are not numbers ({self.backend.name}, {self.backend.precision})",
+                "Run in fp32, or build the package again: a float type overflowed or the weights are damaged",
+            )
+        thresholds = thresholds.for_bank(task.bank)
+        limit = thresholds.pixel.value if thresholds.pixel else None
+        regions = () if limit is None else regions_of_parts(found.anomaly, found.parts, names, limit, task.size)
+        verdict = decide(found.score, highest, thresholds) if manifest.trained else "unsure"
+        finished = time.perf_counter()
+        own_ms = {"stitch": (stitched - begun) * 1e3} if task.is_cut else {}
+        own_ms |= {"decide": (finished - stitched) * 1e3, "total": (finished - started_s) * 1e3}
+        type_scores = dict(zip(names[1:], map(float, found.type_scores), strict=True))
+        defect_map = DefectMap(found.anomaly, found.types, names)
+        return Inspection(found.score, verdict, defect_map, regions, task.size, limit, task.ms | own_ms, type_scores)
 
 
 def checked_view(image: PixelView | NDArray[Any]) -> View:

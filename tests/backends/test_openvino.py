@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -211,3 +213,20 @@ def test_memory_stays_flat(package: EnginePackage) -> None:
     assert len(sizes) == 600
     assert found > 0
     assert sizes[-1] - sizes[200] <= 10
+
+
+def test_the_first_inference_of_a_process_may_come_from_several_threads(package: EnginePackage) -> None:
+    code = (
+        "import sys, threading, numpy as np\n"
+        "from dapo_edge import Inspector\n"
+        "with Inspector(sys.argv[1]) as inspector:\n"
+        "    start = threading.Barrier(2)\n"
+        "    def work():\n"
+        "        start.wait()\n"
+        "        inspector.inspect(np.zeros((64, 64, 3), np.uint8))\n"
+        "    threads = [threading.Thread(target=work) for _ in range(2)]\n"
+        "    [thread.start() for thread in threads]\n"
+        "    [thread.join() for thread in threads]\n"
+    )
+    for _ in range(5):  # without care, every fourth process hangs
+        subprocess.run([sys.executable, "-c", code, str(package.path)], check=True, timeout=60)

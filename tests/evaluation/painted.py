@@ -32,7 +32,7 @@ class Painter:
         self.spec, self.gain, self.seen, self.closed = spec, gain, 0, False
         self.bank = PromptBank(("normal", "rust", "stain"), np.eye(3, dtype=np.float32))
 
-    def infer(self, views: Sequence[NDArray[np.uint8]]) -> MapBatch:
+    def infer(self, views: Sequence[NDArray[np.uint8]], *, map_size: object = None) -> MapBatch:
         self.seen += len(views)
         small = np.stack([resize_view(view, GRID) for view in views]).astype(np.float32) / 255  # [B, h, w, 3]
         grey = small.min(axis=3)

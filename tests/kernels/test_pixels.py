@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import cv2
@@ -206,3 +207,27 @@ def test_boxes_are_pillows_reduce(down: int, across: int) -> None:
         rgb = contents.reshape(37, 44, 3)
         pillow = np.asarray(Image.fromarray(rgb).reduce((across, down)))
         np.testing.assert_array_equal(pixels.reduce_boxes(rgb, down, across), pillow)
+
+
+def _random_view(pixel_format: PixelFormat, rng: np.random.Generator) -> PixelView:
+    """Any size from 2 pixels on, with longer rows, mostly with a crop."""
+    width, height = (int(side) for side in rng.integers(2, 40, 2))
+    data = rng.integers(0, 256, (2 * height + 3, 3 * (width + 9)), np.uint8)
+    if rng.random() < 0.3:
+        return PixelView(data, pixel_format, width, height)
+    left, top = int(rng.integers(width)), int(rng.integers(height))
+    across, down = int(rng.integers(1, width - left + 1)), int(rng.integers(1, height - top + 1))
+    return PixelView(data, pixel_format, width, height, (left, top, across, down))
+
+
+@pytest.mark.parametrize("pixel_format", FORMATS)
+def test_bgr_by_opencv_is_the_definition_bit_for_bit(pixel_format: PixelFormat, monkeypatch: Any) -> None:
+    rng = np.random.default_rng(1)
+    views = [_random_view(pixel_format, rng) for _ in range(200)]
+    fast = [view.bgr() for view in views]
+    monkeypatch.setitem(sys.modules, "cv2", None)  # as where OpenCV is not installed
+    for view, image in zip(views, fast, strict=True):
+        np.testing.assert_array_equal(image, view.rgb()[..., ::-1])
+        np.testing.assert_array_equal(image, view.bgr())
+        assert image.flags.c_contiguous
+        assert image.shape == view.shape

@@ -23,12 +23,13 @@ class FakeBackend:
     """Sees one defect of the second type in a fixed corner of the patch grid."""
 
     name, device, precision = "fake", "none", "fp32"
+    concurrency, takes_camera_bytes = 1, False
 
     def __init__(self, package: EnginePackage) -> None:
         self.bank = package.bank()
         self.spec = package.manifest.map
 
-    def infer(self, views: Sequence[Any]) -> MapBatch:
+    def infer(self, views: Sequence[Any], *, map_size: Any = None) -> MapBatch:
         probs = np.zeros((len(views), len(self.bank.names), *self.spec.grid), np.float32)
         probs[:, 0] = 1
         probs[:, :, 1:3, 4:6] = np.array([0.1, 0.2, 0.7, 0.0], np.float32)[None, :, None, None]
@@ -168,8 +169,8 @@ def test_thresholds_of_other_words_decide_nothing(package: EnginePackage, pictur
 
 def test_a_bank_swapped_in_mid_call_never_mixes_names(package: EnginePackage) -> None:
     class Swapping(FakeBackend):
-        def infer(self, views: Sequence[Any]) -> MapBatch:
-            batch = super().infer(views)
+        def infer(self, views: Sequence[Any], *, map_size: Any = None) -> MapBatch:
+            batch = super().infer(views, map_size=map_size)
             self.bank = PromptBank(("normal", "x"), self.bank.rows[:2])
             return batch
 
@@ -212,8 +213,8 @@ def test_impossible_frames(package: EnginePackage, image: Any, message: str) -> 
 
 def test_values_that_are_no_numbers_are_an_error_not_a_verdict(package: EnginePackage) -> None:
     class Overflowing(FakeBackend):
-        def infer(self, views: Sequence[Any]) -> MapBatch:
-            batch = super().infer(views)
+        def infer(self, views: Sequence[Any], *, map_size: Any = None) -> MapBatch:
+            batch = super().infer(views, map_size=map_size)
             batch.anomaly[0, 3, 5] = np.nan
             return batch
 

@@ -208,8 +208,8 @@ def test_addresses_that_lead_nowhere(tmp_path: Path) -> None:
 
 
 def test_an_unknown_kind_names_the_nearest_and_all() -> None:
-    refused("synthetc://640x480", "Did you mean 'synthetic'?", "dir://, file://, image://, synthetic://")
-    assert "Did you mean" not in refused("qqqqqqq://x", "Known: dir://")
+    refused("synthetc://640x480", "Did you mean 'synthetic'?", ", ".join(f"{kind}://" for kind in sources.SOURCES))
+    assert "Did you mean" not in refused("qqqqqqq://x", "Known: ")
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,18 @@ from dapo_edge.runtime.sources.video import VIDEO_EXTENSIONS
 __all__ = ["SOURCES", "Properties", "Source", "open_source", "redact"]
 
 SOURCES = {
-    "dir": "dapo_edge.runtime.sources.stills:FolderSource",
+    "aravis": "dapo_edge.runtime.sources.aravis:AravisSource",
+    "basler": "dapo_edge.runtime.sources.basler:BaslerSource",
+    "csi": "dapo_edge.runtime.sources.gst:CsiSource",
+    "dir": "dapo_edge.runtime.sources.watch:folder_source",
     "file": "dapo_edge.runtime.sources.video:VideoSource",
+    "genicam": "dapo_edge.runtime.sources.genicam:GenicamSource",
+    "gst": "dapo_edge.runtime.sources.gst:GstSource",
     "image": "dapo_edge.runtime.sources.stills:ImageSource",
+    "rtsp": "dapo_edge.runtime.sources.rtsp:RtspSource",
+    "rtsps": "dapo_edge.runtime.sources.rtsp:RtspSource",
     "synthetic": "dapo_edge.runtime.sources.synthetic:SyntheticSource",
+    "v4l2": "dapo_edge.runtime.sources.v4l2:V4l2Source",
 }
 
 

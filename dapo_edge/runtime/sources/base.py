@@ -34,6 +34,7 @@ class Source(ABC):
     """Frames from one place. One thread reads; `close` may come from another one."""
 
     reconnects: ClassVar[bool] = False  # a camera, which is opened again when it is lost; a file is not
+    has_camera_clock = False  # timestamps are the camera's own time of day; else when this machine got the frame
 
     def __init__(self, uri: str) -> None:
         self.uri = redact(uri)  # for messages and frames

@@ -6,11 +6,12 @@ import re
 import time
 from abc import abstractmethod
 from pathlib import Path
+from typing import ClassVar
 
 from dapo_edge.data.pictures import IMAGE_EXTENSIONS, read_image
 from dapo_edge.errors import FrameError, SourceError
 from dapo_edge.runtime.sources.base import Properties, Source
-from dapo_edge.runtime.sources.uri import check_path, options, path_of, uri_of
+from dapo_edge.runtime.sources.uri import SWITCH, Option, check_path, options, path_of, uri_of
 from dapo_edge.structures import Frame
 
 
@@ -23,13 +24,15 @@ def natural_key(name: str) -> tuple[list[str | int], str]:
 class StillSource(Source):
     """Image files, read one after the other. A frame's `source` is the URI of its own file, which opens it again."""
 
+    known_options: ClassVar[dict[str, Option]] = {}
+
     def __init__(self, uri: str) -> None:
         super().__init__(uri)
         self._paths: list[Path] = []
         self._next = 0
 
     def _open(self) -> Properties:
-        options(self.uri, self._address.query, {})
+        options(self.uri, self._address.query, self.known_options)
         self._paths = self._find(path_of(self._address.body))
         self._next = 0
         return Properties(uri=self.uri, length=len(self._paths))
@@ -65,6 +68,8 @@ class ImageSource(StillSource):
 
 class FolderSource(StillSource):
     """`dir:///path`: the images directly inside a folder, as they are when it is opened. Hidden files are left out."""
+
+    known_options: ClassVar[dict[str, Option]] = {"watch": SWITCH}  # 1 is another class: `WatchedFolder`
 
     def _find(self, path: Path) -> list[Path]:
         return images_in(path)

@@ -12,8 +12,23 @@ from urllib.parse import parse_qsl, unquote
 
 from dapo_edge.errors import SourceError, SourceRefused, did_you_mean
 
-LOCAL_SCHEMES = ("dir", "file", "image", "synthetic")  # these have no host, so an "@" in them is no credential
+LOCAL_SCHEMES = (
+    "csi",
+    "dir",
+    "file",
+    "image",
+    "synthetic",
+    "v4l2",
+)  # these have no host, so an "@" in them is no credential
 _SECRET_KEY = re.compile(r"([?&;](?:password|passwd|pwd|pass|pw|token|secret|key|user|username)=)[^&;]*", re.I)
+# In the text of a GStreamer pipeline: user-pw=secret, password = "a b", location=rtsp://user:secret@host/x
+_QUOTED = r""""(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'"""
+_PROPERTY = re.compile(
+    rf"((?<![\w-])(?:[\w-]*-)?(?:user|user-id|username|pw|pass|passwd|password|passphrase|pwd|token|secret|key)\s*=\s*)"
+    rf"({_QUOTED}|[^\s!]+)",
+    re.I,
+)
+_WORD = re.compile(rf"(?:{_QUOTED}|\\.|\S)+", re.S)
 _FILE_NAME = re.compile(r"@[^@/]*\.[A-Za-z][A-Za-z0-9]{2,3}$")  # 10:30@cam1.png is a file, user:word@host is none
 _RESERVED = re.compile("[\x00-\x20\x7f%?\ud800-\udfff]")
 
@@ -55,12 +70,39 @@ def redact(uri: str) -> str:
         scheme, rest = "", uri
         if uri.startswith(("/", ".", "~")) or _FILE_NAME.search(uri):
             return uri
+    elif scheme.lower() == "gst":
+        return f"{scheme}://{redact_pipeline(pipeline_of(rest))}"
     elif scheme.lower() in LOCAL_SCHEMES:
         return _SECRET_KEY.sub(r"\1***", uri)
     head, at, tail = rest.rpartition("@")
     if at and (":" in head or (separator and "/" not in head)):
         rest = f"***@{tail}"
     return scheme + separator + _SECRET_KEY.sub(r"\1***", rest)
+
+
+def pipeline_of(rest: str) -> str:
+    """The text of a GStreamer pipeline behind `gst://`. Percent-encoding is undone where there is no white space."""
+    return rest if re.search(r"\s", rest) else unquote(rest)
+
+
+def redact_pipeline(text: str) -> str:
+    """A pipeline, or what GStreamer says about it, as it may be printed."""
+
+    def hide(word: re.Match[str]) -> str:
+        shown = re.sub(r"://.*@", "://***@", word[0], flags=re.S)
+        return re.sub(_SECRET_KEY.pattern.replace("[^&;]*", r"""[^&;"']*"""), r"\1***", shown, flags=re.I)
+
+    return _WORD.sub(hide, _PROPERTY.sub(r"\1***", text))
+
+
+def secrets_of(text: str) -> list[str]:
+    """What a pipeline's text holds that must not be printed, the longest first."""
+    found = {match[2].strip("\"'") for match in _PROPERTY.finditer(text)}
+    for word in _WORD.findall(text):
+        userinfo = re.search(r"://(.*)@", word, re.S)
+        if userinfo:
+            found |= {userinfo[1], userinfo[1].partition(":")[2]}
+    return sorted(found - {""}, key=len, reverse=True)
 
 
 def path_of(body: str) -> Path:
@@ -99,6 +141,42 @@ def options(uri: str, query: str, known: Mapping[str, Option]) -> dict[str, Any]
             cause = f"'{redact(uri)}' has {key}={text}"
             raise SourceRefused(cause, f"The value of '{key}' is {known[key].valid}") from error
     return values
+
+
+def number(low: float, high: float, unit: str) -> Option:
+    """A decimal number from `low` to `high`."""
+
+    def convert(text: str) -> float:
+        if not re.fullmatch(r"[0-9]*\.?[0-9]+", text) or not low <= float(text) <= high:
+            raise ValueError(text)
+        return float(text)
+
+    return Option(convert, f"{low:g} to {high:g} {unit}".strip())
+
+
+def whole(low: int, high: int, unit: str = "") -> Option:
+    """A whole number from `low` to `high`."""
+
+    def convert(text: str) -> int:
+        if not re.fullmatch(r"-?[0-9]{1,18}", text) or not low <= int(text) <= high:
+            raise ValueError(text)
+        return int(text)
+
+    return Option(convert, f"a whole number from {low} to {high} {unit}".strip())
+
+
+def one_of(*names: str) -> Option:
+    """One of a few words."""
+
+    def convert(text: str) -> str:
+        if text not in names:
+            raise ValueError(text)
+        return text
+
+    return Option(convert, " or ".join(names))
+
+
+SWITCH = Option(lambda text: one_of("0", "1").convert(text) == "1", "0 or 1")
 
 
 def check_path(path: Path, what: str) -> None:

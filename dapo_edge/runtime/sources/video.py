@@ -2,7 +2,8 @@
 
 A damaged stretch gives one `FrameError` per lost frame, so that indices and times stay right after it. A file that ends
 well before the length in its header gives one `SourceError` at the break: the rest is missing, which is not the end.
-FFmpeg's own remarks on stderr stay, because its level can only be set for the whole process: OPENCV_FFMPEG_LOGLEVEL=-8.
+FFmpeg's own remarks on stderr stay, because its level can only be set for the whole process, which the command line
+does: OPENCV_FFMPEG_LOGLEVEL=-8.
 """
 
 from __future__ import annotations
@@ -11,8 +12,6 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -21,13 +20,13 @@ from numpy.typing import NDArray
 from dapo_edge.errors import FrameError, SourceError
 from dapo_edge.extras import require
 from dapo_edge.runtime.sources.base import Properties, Source
+from dapo_edge.runtime.sources.opencv import ffmpeg_options, quiet
 from dapo_edge.runtime.sources.uri import check_path, is_text, options, path_of, uri_of
 from dapo_edge.structures import MAX_PIXELS, MIN_SIDE_PX, Frame
 
 VIDEO_EXTENSIONS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv")
 LOOKAHEAD = 100  # frames that may be lost in a row before the rest counts as missing
 FALLBACK_FPS = 25.0  # for timestamps of a file that tells neither positions nor a rate
-_LOG_LOCK = threading.Lock()
 
 
 def missing_is_normal(length: int) -> int:
@@ -60,7 +59,7 @@ class VideoSource(Source):
         if not is_text(path):
             raise SourceError(f"the name of the video {str(path)!a} is not text in UTF-8", "Rename it")
         cv2 = require("cv2")
-        with _quiet(cv2):
+        with quiet(cv2), ffmpeg_options(None):
             self._capture = cv2.VideoCapture(str(path.absolute()))
         if not self._capture.isOpened():
             cause = f"the video '{path}' can't be opened: it is damaged, cut off, or of a kind this OpenCV can't decode"
@@ -132,15 +131,3 @@ class VideoSource(Source):
             if self._capture is not None:
                 self._capture.release()
                 self._capture = None
-
-
-@contextmanager
-def _quiet(cv2: Any) -> Iterator[None]:
-    """Hold back OpenCV's warnings, which the exception says better. The lock: two openings must not swap levels."""
-    logging = cv2.utils.logging
-    with _LOG_LOCK:
-        level = logging.setLogLevel(logging.LOG_LEVEL_SILENT)
-        try:
-            yield
-        finally:
-            logging.setLogLevel(level)

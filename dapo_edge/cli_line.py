@@ -1,0 +1,242 @@
+"""One run on the command line: what is opened, printed and closed around a `Pipeline`, and what signals do to it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dapo_edge.errors import OutputError, SourceError
+from dapo_edge.terminal import say
+
+if TYPE_CHECKING:
+    from dapo_edge.outputs.sinks import RunFacts
+    from dapo_edge.runtime.inspector import Inspector
+    from dapo_edge.runtime.pipeline import Pipeline
+    from dapo_edge.runtime.run_config import RunConfig
+
+EXIT_INTERRUPTED = 130
+ABORT_S = 1.0  # for what a second Ctrl-C leaves to do
+OVERTIME_S = 0.9  # after the drain time, to close what can be closed
+LAST_WORDS_S = 0.3
+LINE_THREADS = ("camera ", "inspect ", "sink ")  # how the names of a pipeline's threads begin
+
+
+class LineRun:
+    """A run config, run once."""
+
+    def __init__(self, config: RunConfig, stats_every_s: float | None = None) -> None:
+        from dapo_edge.outputs.lines import Stdout
+
+        self._config = config
+        self._stats_every_s = stats_every_s
+        self._stdout = Stdout(self._stop)
+        self._prints_json = any(sink.kind == "jsonl" and sink.path is None for sink in config.sinks)
+        self._pipeline: Pipeline | None = None
+        self._inspector: Inspector | None = None
+        self._received: list[int] = []  # signals
+        self._alarms: list[threading.Timer] = []
+        self._summarised = False
+
+    def run(self) -> None:
+        """Until the sources end, or a signal. Raises what broke, after the summary."""
+        with self._handling_signals(), contextlib.ExitStack() as stack:
+            try:
+                self._prepare(stack)
+            except (Exception, KeyboardInterrupt):  # an interrupt in the middle of an import is an import error
+                if not self._received:
+                    raise
+            else:
+                self._inspect()
+        if signal.SIGINT in self._received:
+            raise KeyboardInterrupt
+        if self._stdout.broken:
+            raise self._stdout.broken
+        failed, captured = self._count("failed"), self._count("captured")
+        if failed and not self._received:
+            raise SourceError(
+                f"{failed} of {captured} frames could not be used",
+                "See the lines with an error; all other frames were inspected",
+            )
+
+    def _prepare(self, stack: contextlib.ExitStack) -> None:
+        """Open everything but the cameras, which may take their time."""
+        from dapo_edge.outputs.sinks import sink_plans
+        from dapo_edge.runtime.inspector import Inspector
+        from dapo_edge.runtime.pipeline import Pipeline
+
+        config, facts = self._config, self._look_at_files()
+        sinks = sink_plans(config.sinks, facts)
+        with contextlib.ExitStack() as opened:
+            for plan in sinks:  # the run opens them, too; but a wrong path shows before the engine is loaded
+                plan.sink.open()
+                opened.callback(plan.sink.close)
+            inspector = stack.enter_context(
+                Inspector(
+                    config.package,
+                    backend=config.backend,
+                    precision=config.precision,
+                    map_size=config.map_size,
+                    throughput=len(config.sources) > 1,
+                )
+            )
+            inspector.thresholds = config.thresholds.over(inspector.thresholds)
+            window_s = config.batch_window_ms / 1e3
+            pipeline = Pipeline(inspector, config.cameras, sinks, batch_window_s=window_s, drain_s=config.drain_s)
+            opened.pop_all()
+        for camera in config.cameras:
+            if camera.views and camera.views.warning:
+                say(f"note: {camera.name}: {camera.views.warning}")
+        self._inspector, self._pipeline = inspector, pipeline
+
+    def _look_at_files(self) -> RunFacts:
+        """Open and close every source that is no camera. Raises `SourceError` for all that can't be read."""
+        from dapo_edge.outputs.sinks import RunFacts
+        from dapo_edge.runtime.sources import open_source
+
+        files, rates, broken = set(), [], []
+        for plan in self._config.sources:
+            source = open_source(plan.uri)
+            rate = None
+            if not source.reconnects:
+                files.add(plan.name)
+                try:
+                    with source:
+                        rate = source.properties.fps
+                except SourceError as error:
+                    broken.append(error)
+            rates.append(min(filter(None, (rate, plan.fps)), default=None))
+        if len(broken) > 1:
+            raise SourceError("; ".join(error.cause for error in broken), broken[0].remedy)
+        if broken:
+            raise broken[0]
+        names = tuple(source.name for source in self._config.sources)
+        return RunFacts(names, frozenset(files), rates[0], self._stdout)
+
+    def _inspect(self) -> None:
+        assert self._pipeline is not None
+        with self._reporting():
+            try:
+                if not self._received:
+                    self._pipeline.run()
+            except OutputError:
+                if self._stdout.broken is None:  # else it says better what is wrong
+                    raise
+            finally:
+                self._print_summary()
+
+    def _count(self, name: str) -> int:
+        return self._pipeline.as_json()[name] if self._pipeline else 0
+
+    # What it prints.
+
+    @contextlib.contextmanager
+    def _reporting(self) -> Iterator[None]:
+        """Print statistics now and then."""
+        if self._stats_every_s is None:
+            yield
+            return
+        ended = threading.Event()
+
+        def report() -> None:
+            while not ended.wait(self._stats_every_s):
+                self._print_statistics("statistics", self._pipeline.as_json() if self._pipeline else {})
+
+        reporter = threading.Thread(target=report, name="statistics", daemon=True)
+        reporter.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            reporter.join(LAST_WORDS_S)  # it may be held up by whoever reads stdout
+
+    def _print_summary(self) -> None:
+        if self._summarised or self._pipeline is None or self._inspector is None:
+            return
+        self._summarised = True
+        backend = self._inspector.backend
+        engine = {"backend": backend.name, "precision": backend.precision, "device": backend.device}
+        self._print_statistics("summary", {**self._pipeline.as_json(), **engine})
+
+    def _print_statistics(self, title: str, statistics: Mapping[str, Any]) -> None:
+        from dapo_edge.outputs.events import statistics_text
+
+        if not self._prints_json:
+            say("\n".join(statistics_text(statistics)))
+        elif self._stdout.broken is None:
+            with contextlib.suppress(OutputError):  # kept as `broken`
+                self._stdout.append(json.dumps({title: statistics}, ensure_ascii=False))
+
+    # What signals do.
+
+    @contextlib.contextmanager
+    def _handling_signals(self) -> Iterator[None]:
+        """SIGTERM and the first Ctrl-C stop the run, the second one at once, the third one without a word."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread may handle signals: whoever owns it decides
+            return
+        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for alarm in self._alarms:
+                alarm.cancel()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self._received.append(number)
+        code = EXIT_INTERRUPTED if signal.SIGINT in self._received else 0
+        interrupts = self._received.count(signal.SIGINT) if number == signal.SIGINT else 1
+        if interrupts > 2:
+            os._exit(code)
+        elif interrupts == 2:
+            if self._pipeline:
+                self._pipeline.abort()
+            self._exit_after(ABORT_S, code)
+        else:
+            self._exit_after(self._config.drain_s + OVERTIME_S, code)
+            if self._pipeline is None:
+                raise KeyboardInterrupt  # nothing is captured yet
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._pipeline:
+            self._pipeline.stop()
+
+    def _exit_after(self, seconds: float, code: int) -> None:
+        """Exit then at the latest, whatever hangs."""
+        alarm = threading.Timer(seconds, self._exit_now, (code,))
+        alarm.daemon = True
+        alarm.start()
+        self._alarms.append(alarm)
+
+    def _exit_now(self, code: int) -> None:
+        # In a thread of its own: whoever reads stdout may be what hangs.
+        last_words = threading.Thread(target=self._print_summary, daemon=True)
+        last_words.start()
+        last_words.join(LAST_WORDS_S)
+        os._exit(code)
+
+
+def leave(code: int, threads_before: Sequence[threading.Thread]) -> None:
+    """Exit with `code`; at once if a camera or sink still hangs in a foreign library.
+
+    Python's orderly exit would end its thread in the middle of that library, which may crash it.
+    """
+    hanging = [
+        thread
+        for thread in set(threading.enumerate()) - set(threads_before)
+        if thread.daemon and thread.name.startswith(LINE_THREADS)
+    ]
+    if hanging:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -1,0 +1,71 @@
+"""`dapo-edge` with a fake engine and cameras that behave badly, as a program: `python line_main.py run ...`.
+
+hang://NAME?frames=N gives N frames and then hangs, deaf to everything, as a vendor's library may. slow://MS needs that
+long for each frame. The engine says `ok` to all; DAPO_TEST_ENGINE_MS is its time for one batch.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from typing import Any
+
+import numpy as np
+from line_fakes import FakeInspector
+
+import dapo_edge.runtime.inspector
+from dapo_edge.cli import main
+from dapo_edge.package import Thresholds
+from dapo_edge.runtime.sources import SOURCES, Properties, Source
+from dapo_edge.structures import Frame
+
+
+class HangingCamera(Source):
+    reconnects = True
+
+    def _open(self) -> Properties:
+        self._index = 0
+        self._frames = int(self._address.query.partition("=")[2] or 0)
+        return Properties(self.uri, 64, 48, 100.0, live=True)
+
+    def _read(self, timeout_s: float | None) -> Frame | None:
+        if self._index == self._frames:
+            threading.Event().wait()
+        time.sleep(0.005)
+        self._index += 1
+        return Frame(np.zeros((48, 64, 3), np.uint8), self._index - 1, time.time_ns(), self.uri)
+
+    def _close(self) -> None:
+        pass
+
+
+class SlowCamera(HangingCamera):
+    def _read(self, timeout_s: float | None) -> Frame | None:
+        time.sleep(float(self._address.body) / 1e3)
+        self._index += 1
+        return Frame(np.zeros((48, 64, 3), np.uint8), self._index - 1, time.time_ns(), self.uri)
+
+
+class Engine(FakeInspector):
+    """What the command line asks of an inspector."""
+
+    def __init__(self, package: object, **options: Any) -> None:
+        if os.environ.get("DAPO_TEST_LOADING_S"):
+            time.sleep(float(os.environ["DAPO_TEST_LOADING_S"]))
+        super().__init__(seconds=float(os.environ.get("DAPO_TEST_ENGINE_MS", 0)) / 1e3)
+        self.thresholds = Thresholds()
+        self.options = options
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+if __name__ == "__main__":
+    SOURCES["hang"] = f"{__name__}:HangingCamera"
+    SOURCES["slow"] = f"{__name__}:SlowCamera"
+    dapo_edge.runtime.inspector.Inspector = Engine  # type: ignore[misc, assignment]
+    main()

@@ -1,0 +1,39 @@
+"""Basler cameras without hardware: the emulation inside pypylon, with pictures of our own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rigs import sdks
+
+INSTALL = "run: pip install -c constraints.txt -e '.[basler]'"
+SERIALS = ("0815-0000", "0815-0001")
+
+
+def emulate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let pypylon find the cameras of `SERIALS` during this test, or skip it. The variable is read at every search."""
+    sdks.preload()
+    pytest.importorskip("pypylon.pylon", reason=f"pypylon is not installed; {INSTALL}")
+    monkeypatch.setenv("PYLON_CAMEMU", str(len(SERIALS)))
+
+
+def uri(serial: str = SERIALS[0], **features: object) -> str:
+    """The address of a camera, with features in the order given."""
+    return f"basler://{serial}?" + "&".join(f"{key}={value}" for key, value in features.items())
+
+
+def showing(folder: Path, pixel_format: str = "BGR8Packed") -> dict[str, object]:
+    """Features of a camera that shows the pictures of a folder in a circle."""
+    return {
+        "TestImageSelector": "Off",
+        "ImageFilename": folder,
+        "ImageFileMode": "On",
+        "PixelFormat": pixel_format,
+    }
+
+
+def node(source: Any, name: str) -> Any:
+    """A feature of an open source's camera, past the source."""
+    return source._camera.GetNodeMap().GetNode(name)
