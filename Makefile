@@ -2,10 +2,14 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-slow test-gpu lint bench bench-gpu table reference clean
+.PHONY: demo rigs test test-slow test-gpu lint bench bench-gpu table reference clean
 
 demo: $(READY)
 	$(BIN)/dapo-edge demo
+
+# Servers, emulators and SDKs for the tests of cameras, from Debian's packages and by pip. Needs root.
+rigs: $(READY)
+	tests/rigs/install.sh $(BIN)/python
 
 test: $(READY)
 	$(BIN)/python -m pytest
@@ -27,6 +31,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/spine.py --full-size
 	$(BIN)/python benchmarks/metrics.py
 	$(BIN)/python benchmarks/int8.py
+	$(BIN)/python benchmarks/line.py
 
 bench-gpu:
 	$(PYTHON) benchmarks/gpu.py $(ARGS)

@@ -15,7 +15,7 @@ from dapo_edge.package import EnginePackage
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = ["README.md", "CONTRIBUTING.md", "engines/README.md", "calibration/README.md", "benchmarks/README.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "engines/README.md", "calibration/README.md", "benchmarks/README.md", "docs/line.md"]
 
 
 def block(language: str) -> str:
@@ -126,3 +126,12 @@ def test_the_table_is_that_of_the_results() -> None:
     assert mean("b", "image_auroc") >= 0.95
     assert mean("c", "pixel_auroc") >= 0.90
     assert mean("c", "type_accuracy") >= 2 / 6
+
+
+def test_the_run_config_of_the_line_is_valid(package: EnginePackage, tmp_path: Path) -> None:
+    from dapo_edge.runtime.run_config import Overrides, load_run_config
+
+    text = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/line.md").read_text(encoding="utf-8"), re.DOTALL)[0]
+    (tmp_path / "line.yaml").write_text(text.replace("engines/surface-tiny.dapo", str(package.path)), encoding="utf-8")
+    config = load_run_config(tmp_path / "line.yaml", Overrides(), {})
+    assert [camera.name for camera in config.cameras] == ["belt", "side", "camera3"]

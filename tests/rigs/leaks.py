@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 
 def handles() -> int:
@@ -27,3 +28,8 @@ def leaked(cycle: Callable[[], object], times: int = 20) -> tuple[int, int]:
         cycle()
     gc.collect()
     return max(0, handles() - before[0]), max(0, threads() - before[1])
+
+
+def resident_bytes() -> int:
+    """Memory of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
