@@ -225,6 +225,7 @@ class Order:
     """A sink that checks each camera's order, and keeps how long frames waited."""
 
     name = "order"
+    draws = False
 
     def __init__(self) -> None:
         self.last: dict[str, int] = {}

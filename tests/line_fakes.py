@@ -19,7 +19,7 @@ from dapo_edge.runtime.sources import SOURCES, Properties, Source
 from dapo_edge.structures import DefectMap, Frame, Inspection
 
 QUICK = Patience(
-    silence_s=0.15, opening_s=0.3, first_retry_s=0.01, last_retry_s=0.05, read_s=0.02, tick_s=0.005
+    silence_s=0.15, opening_s=0.3, first_retry_s=0.01, last_retry_s=0.05, steady_s=0.03, read_s=0.02, tick_s=0.005
 )  # for tests: seconds become hundredths
 FLAT = DefectMap(np.zeros((2, 2), np.float32), np.zeros((2, 2), np.uint8), ("normal", "a"))
 
@@ -35,6 +35,7 @@ class ScriptedSource(Source):
     scripts: ClassVar[dict[str, Iterator[Sequence[Step]]]] = {}
     opened: ClassVar[list[ScriptedSource]] = []
     shape = (16, 16, 3)
+    handed_out = 0  # frames, good and bad, with those it says were lost
 
     def _open(self) -> Properties:
         self.opened.append(self)
@@ -58,8 +59,11 @@ class ScriptedSource(Source):
             self.closed.wait(timeout_s)
             raise FrameTimeout("silence", "wait")
         if isinstance(step, BaseException):
+            self.handed_out += isinstance(step, FrameError)
             raise step
+        self.handed_out += 1
         if isinstance(step, Frame):
+            self.handed_out += step.lost
             return step
         self._index = step
         return Frame(np.zeros(self.shape, np.uint8), step, step, self.uri)
@@ -143,6 +147,8 @@ class FakeInspector:
 
 class Collector:
     """A sink that keeps what it gets."""
+
+    draws = True
 
     def __init__(self, name: str = "collector", *, seconds: float = 0.0, fault: Exception | None = None) -> None:
         self.name = name

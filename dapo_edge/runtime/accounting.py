@@ -130,12 +130,13 @@ class Account:
             self._in_flight -= 1
             self._dropped[reason] += 1
 
-    def close(self) -> None:
-        """Draw the sum: what is still in flight is given up."""
+    def close(self) -> int:
+        """Draw the sum: what is still in flight is given up, as many as are returned."""
         with self._lock:
             self._closed = True
-            self._dropped["shutdown"] += self._in_flight
-            self._in_flight = 0
+            given_up, self._in_flight = self._in_flight, 0
+            self._dropped["shutdown"] += given_up
+            return given_up
 
     def counts(self) -> Counts:
         """This moment's."""

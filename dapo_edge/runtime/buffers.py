@@ -1,4 +1,4 @@
-"""Frame buffers that are used again: in steady state a camera's frames need no new memory."""
+"""Frame buffers that are used again: in steady state what a source copies out of its driver needs no new memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-MOST_KEPT = 16  # a line holds a handful of frames at a time; more than these were a burst
+MOST_KEPT, MOST_KEPT_BYTES = 16, 128 << 20  # a line holds a handful of frames at a time; more were a burst
 
 
 class BufferPool:
@@ -34,7 +34,8 @@ class BufferPool:
 
     def _give_back(self, buffer: NDArray[np.uint8]) -> None:
         with self._lock:
-            if buffer.shape == self._shape and len(self._free) < MOST_KEPT:
+            most = max(1, min(MOST_KEPT, MOST_KEPT_BYTES // max(1, buffer.nbytes)))
+            if buffer.shape == self._shape and len(self._free) < most:
                 self._free.append(buffer)
 
 

@@ -1,12 +1,12 @@
 """One source of a run, kept alive: read in a thread of its own, watched, closed when it fails or hangs, opened again.
 
 A library that hangs can't be interrupted. Its thread is left behind instead: it no longer counts, closes its source
-when it comes back, and a new thread with a new source takes its place. Nothing of this touches the other cameras.
+when it comes back, and a new thread with a new source takes its place. Where several of them hang, only a restart of
+the program helps, and the camera's state says so. Nothing of this touches the other cameras.
 """
 
 from __future__ import annotations
 
-import contextlib
 import random
 import threading
 import time
@@ -15,17 +15,19 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dapo_edge.errors import DapoEdgeError, DependencyMissing, FrameError, FrameTimeout, SourceError, SourceRefused
+from dapo_edge.errors import DapoEdgeError, DependencyMissing, FrameError, SourceError, SourceRefused
 from dapo_edge.runtime.accounting import Account
 from dapo_edge.runtime.intake import Lane
 from dapo_edge.runtime.outcome import CameraEvent, CameraState, Outcome
 from dapo_edge.runtime.pace import Pace
+from dapo_edge.runtime.session import Session
 from dapo_edge.runtime.sources import Properties, Source
 from dapo_edge.structures import Frame
 
 MOST_LEFT_BEHIND = 3  # threads that hang in one camera's library; no more are risked until one comes back
 
 TOLD_ATTEMPTS, TOLD_EVERY_S = 5, 60.0
+MOST_DOUBLINGS = 3  # of the silence allowed to a camera that has not delivered yet and announces no rate
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Patience:
     first_retry_s: float = 0.1
     last_retry_s: float = 5.0
     retry_share: float = 0.2  # of the time since it was lost: a short loss costs little, a long one few attempts
+    steady_s: float = 1.0  # live for so long, it counts as found; what is lost again before is the same trouble
     read_s: float = 0.25  # a read that waits for a frame looks up as often
     tick_s: float = 0.05  # how often the watchdog looks
 
@@ -70,28 +73,32 @@ class Camera:
         self._reconnects = source.reconnects
         self._patience = patience or Patience()
         self.read_s = self._patience.read_s
-        self._told_s = 0.0  # when its state was last told
+        self._told: CameraState = "connecting"
+        self._told_s = 0.0  # when a loss was last told
         self._reopen = reopen
         self._tell = tell
         self._host_pixels = host_pixels
         self.wake = wake
         self._jitter = random.Random()
         self._lock = threading.Lock()
-        self._session: _Session | None = _Session(self, source)
-        self._left_behind: list[_Session] = []
+        self._session: Session | None = Session(self.plan.name, self, source)
+        self._left_behind: list[Session] = []
         self._stopping = False
         self._pace = Pace(self.plan.fps)
         self._taken = 0  # frames of this run, to compare with the plan's limit
         self._next_index = 0
-        self._lost_s: float | None = None  # when it was lost; None while all is well
+        self._trouble_s: float | None = None  # since when it has been lost, again and again; None while all is well
+        self._live_s = 0.0  # since when it is live
         self._retry_at_s = 0.0
-        self._attempts = 0  # in vain since it was last live
+        self._attempts = 0  # in vain in this trouble
+        self._barren = 0  # openings in a row without a frame
+        self._interval_s = 0.0  # between two frames, as last measured
 
     def start(self) -> None:
         """Begin to open and read the source."""
         assert self._session is not None
         self._tell_state("connecting")
-        self._session.start()
+        self._begin(self._session)
 
     def stop(self) -> None:
         """Take no more frames. Those that it holds already still go their way."""
@@ -132,20 +139,28 @@ class Camera:
         elif self._stopping:
             if session.silent_s(now_s) > self._patience.read_s * 2:
                 self._leave_behind(session)
-        elif (limit_s := self._limit_s(session)) is not None and session.silent_s(now_s) > limit_s:
-            reason = f"no frame for {limit_s:.1f} s" if session.opened else f"not open after {limit_s:.1f} s"
+        elif (reason := self._complaint(session, now_s)) is not None:
             self._leave_behind(session)
-            self._tell_state("stalled", reason)
+            self._tell_state("stalled", reason, told=self._attempts < TOLD_ATTEMPTS)
             self._lose(now_s, reason, session)
+        elif self._trouble_s is not None and self.state == "live" and now_s - self._live_s > self._patience.steady_s:
+            self._trouble_s, self._attempts = None, 0
+            if self._told != "live":
+                self._tell_state("live")
 
     # Called by the session's thread.
 
-    def opened(self, properties: Properties) -> None:
+    def opened(self, session: Session, properties: Properties) -> None:
         """Settle the policy where the plan has none: what comes at its own pace must not wait, parts must be seen."""
+        triggered = self._is_triggered(properties)
         if self.plan.policy is None:
-            self.lane.policy = "newest" if properties.live and not properties.triggered else "wait"
+            self.lane.policy = "newest" if properties.live and not triggered else "wait"
+        if triggered:  # its first frame may be hours away
+            with self._lock:
+                if session is self._session:
+                    self._found(session)
 
-    def accept(self, session: _Session, frame: Frame) -> None:
+    def accept(self, session: Session, frame: Frame) -> None:
         """Take a frame that was read."""
         with self._lock:
             if session is not self._session:
@@ -154,18 +169,18 @@ class Camera:
             self._found(session)
             index = session.base_index + frame.index
             self._next_index = max(self._next_index, index + 1)
+            self.account.captured(lost=frame.lost)
+            if self.lane.policy == "newest" and not self._pace.lets_through(frame.arrived_s):
+                self.account.dropped("policy")
+                return
             resumed, session.resumes = session.resumes, False
             self._taken += 1
-            self.account.captured(lost=frame.lost)
-        if self.lane.policy == "newest" and not self._pace.lets_through(frame.arrived_s):
-            self.account.dropped("policy")
-            return
         if resumed or session.base_index:
             frame = replace(frame, index=index, resumed=resumed)
         with session.busy():
             self.lane.put(frame, wanted=lambda: session is self._session)
 
-    def refuse(self, session: _Session, error: FrameError) -> None:
+    def refuse(self, session: Session, error: FrameError) -> None:
         """Count a frame that can't be used."""
         with self._lock:
             if session is not self._session:
@@ -191,7 +206,7 @@ class Camera:
             cause = f"the pixels of '{frame.source}' can't be converted ({type(error).__name__}: {error})"
             raise FrameError(cause, "Ask the camera for BGR8").at(frame.index, frame.source) from error
 
-    def wait_for_turn(self, session: _Session) -> None:
+    def wait_for_turn(self, session: Session) -> None:
         """Hold a source back that gives frames as fast as they are asked for, and should not."""
         if self.lane.policy == "wait" and (delay_s := self._pace.delay_s()) > 0:
             with session.busy():
@@ -199,7 +214,7 @@ class Camera:
                     time.sleep(min(delay_s, self._patience.read_s))
                     delay_s = self._pace.delay_s()
 
-    def wants(self, session: _Session) -> bool:
+    def wants(self, session: Session) -> bool:
         """Whether this session is still the one, and should read on."""
         return session is self._session and not self._stopping and not self._has_all
 
@@ -207,14 +222,14 @@ class Camera:
     def _has_all(self) -> bool:
         return self.plan.frames is not None and self._taken >= self.plan.frames
 
-    def _found(self, session: _Session) -> None:
+    def _found(self, session: Session) -> None:
         if self.state == "live":
             return
-        if self._lost_s is not None:
+        if self._trouble_s is not None:
             self.reconnects += 1
         session.resumes = self._next_index > 0
-        self._lost_s, self._attempts = None, 0
-        self._tell_state("live")
+        self._live_s, self._barren = time.monotonic(), 0
+        self._tell_state("live", told=self._attempts <= TOLD_ATTEMPTS)
 
     def _came_too_late(self, frames: int) -> None:
         """Of a session that was left behind: nobody waits for them any more."""
@@ -223,15 +238,35 @@ class Camera:
 
     # Called by the watchdog's thread.
 
-    def _limit_s(self, session: _Session) -> float | None:
-        """How long this session may be silent; None for as long as it likes."""
+    def _complaint(self, session: Session, now_s: float) -> str | None:
+        """What is wrong with a session that has not ended, in words; None when it may go on."""
+        patience, properties = self._patience, session.properties
         if not session.source.reconnects:
             return None
-        if not session.opened:
-            return self._patience.opening_s
-        return None if session.triggered else max(2 * session.interval_s, self._patience.silence_s)
+        if properties is None:
+            return (
+                f"not open after {patience.opening_s:.1f} s" if session.silent_s(now_s) > patience.opening_s else None
+            )
+        if self._is_triggered(properties):
+            limit_s = patience.silence_s + 2 * patience.read_s
+            return f"its library hangs for {limit_s:.1f} s" if session.away_s(now_s) > limit_s else None
+        limit_s = self._silence_s(session, properties)
+        return f"no frame for {limit_s:.1f} s" if session.silent_s(now_s) > limit_s else None
 
-    def _conclude(self, session: _Session, now_s: float) -> None:
+    def _is_triggered(self, properties: Properties) -> bool:
+        return properties.triggered if self.plan.triggered is None else self.plan.triggered
+
+    def _silence_s(self, session: Session, properties: Properties) -> float:
+        """How long it may give nothing."""
+        if self.plan.silence_s is not None:
+            return self.plan.silence_s
+        limit_s = max(2 * session.interval_s, self._patience.silence_s, properties.silence_s or 0.0)
+        if session.had_frames or properties.fps is not None:
+            return limit_s
+        # It may be slower than anyone knows, so that each opening that brought nothing is followed by a longer one.
+        return limit_s * 2 ** min(self._barren, MOST_DOUBLINGS)
+
+    def _conclude(self, session: Session, now_s: float) -> None:
         error = session.error
         with self._lock:
             self._session = None
@@ -242,24 +277,28 @@ class Camera:
         else:
             self._lose(now_s, error.cause, session)
 
-    def _is_final(self, session: _Session, error: DapoEdgeError) -> bool:
-        """Whether trying again is no use: for a file never, for a camera only what was wrong from the start."""
-        if not session.source.reconnects or isinstance(error, DependencyMissing):
+    def _is_final(self, session: Session, error: DapoEdgeError) -> bool:
+        """Whether trying again is no use: of a file always, of a camera only what its very first opening says.
+
+        Later the same words mean that it is booting, or that somebody is working on it.
+        """
+        if not session.source.reconnects:
             return True
-        never_seen = self._next_index == 0 and self.account.counts().captured == 0
-        return never_seen and (isinstance(error, SourceRefused) or not isinstance(error, SourceError))
+        wrong = isinstance(error, (SourceRefused, DependencyMissing)) or not isinstance(error, SourceError)
+        return wrong and self._attempts == 0 and self.account.counts().captured == 0
 
     def _end(self, error: DapoEdgeError | None) -> None:
         self.error = error
         self._tell_state("ended", "" if error is None else error.cause)
 
-    def _lose(self, now_s: float, reason: str, session: _Session) -> None:
-        with self._lock:
-            if self._lost_s is None:
-                self._lost_s = now_s
-            self._attempts += 1
-        patience = self._patience
-        retry_s = min(max(patience.first_retry_s, patience.retry_share * (now_s - self._lost_s)), patience.last_retry_s)
+    def _lose(self, now_s: float, reason: str, session: Session) -> None:
+        self._barren += not session.had_frames
+        self._interval_s = session.measured_s
+        if self._trouble_s is None:
+            self._trouble_s = now_s
+        self._attempts += 1
+        patience, lasted_s = self._patience, now_s - self._trouble_s
+        retry_s = min(max(patience.first_retry_s, patience.retry_share * lasted_s), patience.last_retry_s)
         retry_s *= self._jitter.uniform(0.8, 1.0)  # cameras behind one switch must not come back all at once
         self._retry_at_s = now_s + retry_s
         self._tell_lost(now_s, reason, retry_s)
@@ -268,121 +307,39 @@ class Camera:
         if len(self._left_behind) >= MOST_LEFT_BEHIND:
             retry_s = self._patience.last_retry_s
             self._retry_at_s = now_s + retry_s
-            self._tell_lost(now_s, f"{MOST_LEFT_BEHIND} earlier readers still hang in the camera's library", retry_s)
+            reason = f"{MOST_LEFT_BEHIND} earlier readers still hang in the camera's library; if it goes on, restart"
+            self._tell_lost(now_s, reason, retry_s)
             return
-        try:
-            source = self._reopen()
-        except DapoEdgeError as error:
-            self._end(error)
-            return
-        session = _Session(self, source, self._next_index)
+        session = Session(self.plan.name, self, self._reopen(), self._next_index, self._interval_s)
         with self._lock:
             self._session = session
-        session.start()
+        self._begin(session)
 
-    def _leave_behind(self, session: _Session) -> None:
+    def _begin(self, session: Session) -> None:
+        try:
+            session.start()
+        except RuntimeError as error:  # the system has no thread left for now
+            with self._lock:
+                self._session = None
+            self._lose(time.monotonic(), str(error), session)
+
+    def _leave_behind(self, session: Session) -> None:
         with self._lock:
             self._session = None
         self._left_behind.append(session)
 
     def _tell_lost(self, now_s: float, reason: str, retry_s: float) -> None:
         """Every attempt at first; then now and then, because a camera may be away for a weekend."""
-        if self._attempts <= TOLD_ATTEMPTS or self.state != "lost" or now_s - self._told_s > TOLD_EVERY_S:
+        told = self._attempts <= TOLD_ATTEMPTS or now_s - self._told_s > TOLD_EVERY_S
+        if told:
             self._told_s = now_s
-            self._tell_state("lost", reason, retry_s)
+        self._tell_state("lost", reason, retry_s, told=told)
 
-    def _tell_state(self, state: CameraState, reason: str = "", retry_s: float | None = None) -> None:
+    def _tell_state(
+        self, state: CameraState, reason: str = "", retry_s: float | None = None, *, told: bool = True
+    ) -> None:
         self.state, self.reason = state, reason
-        self._tell(CameraEvent(self.plan.name, self.uri, state, reason, self._attempts, retry_s))
-
-
-class _Session(threading.Thread):
-    """One opening of a source, until it ends, breaks or is left behind. Opens, reads and closes it in this thread."""
-
-    def __init__(self, camera: Camera, source: Source, base_index: int = 0) -> None:
-        super().__init__(name=f"camera {camera.plan.name}", daemon=True)  # daemon: it may hang in a foreign library
-        self.source = source
-        self.base_index = base_index
-        self.error: DapoEdgeError | None = None
-        self.opened = False
-        self.triggered = False
-        self.resumes = False  # whether its next frame is the first one after a loss
-        self._announced_s = self._measured_s = 0.0  # between two frames
-        self._camera = camera
-        self._since_s = time.monotonic()  # of the silence
-        self._busy = threading.Event()
-
-    def run(self) -> None:
-        try:
-            self._read_all()
-        except DapoEdgeError as error:
-            self.error = error
-        except Exception as error:  # a camera's library raises what it likes
-            cause = f"'{self.source.uri}' failed with {type(error).__name__}: {error}"
-            self.error = SourceError(cause, "It is opened again by itself; look at the camera if this goes on")
-        finally:
-            try:
-                self.source.close()
-            except Exception as error:  # nothing can be done about it, and the next opening shows whether it matters
-                self.error = self.error or SourceError(f"'{self.source.uri}' can't be closed ({error})", "Unplug it")
-            self._camera.wake()
-
-    def _read_all(self) -> None:
-        camera, source = self._camera, self.source
-        source.open()
-        properties = source.properties
-        self.triggered = properties.triggered
-        self._announced_s = self._measured_s = 1 / properties.fps if properties.fps else 0.0
-        camera.opened(properties)
-        self._since_s = time.monotonic()
-        self.opened = True
-        while camera.wants(self):
-            camera.wait_for_turn(self)
-            try:
-                frame = self._next()
-            except FrameError as error:
-                self._heard()
-                camera.refuse(self, error)
-                continue
-            if frame is None:
-                return
-            self._heard()
-            camera.accept(self, frame)
-
-    def _next(self) -> Frame | None:
-        """The next frame, however long it takes; None at the end, or when no more are wanted."""
-        while self._camera.wants(self):
-            with contextlib.suppress(FrameTimeout):
-                frame = self.source.read(self._camera.read_s)
-                return None if frame is None else self._camera.prepared(frame)
-        return None
-
-    @property
-    def interval_s(self) -> float:
-        """Between two frames: as announced or measured, whichever is longer."""
-        return max(self._announced_s, self._measured_s)
-
-    def silent_s(self, now_s: float) -> float:
-        """How long the source has given nothing, while it was asked."""
-        return 0.0 if self._busy.is_set() else now_s - self._since_s
-
-    def busy(self) -> _Busy:
-        """While the run holds the source back: its silence is no fault."""
-        return _Busy(self)
-
-    def _heard(self) -> None:
-        now_s = time.monotonic()
-        self._measured_s += 0.1 * (now_s - self._since_s - self._measured_s)  # one late frame is no new rate
-        self._since_s = now_s
-
-
-class _Busy:
-    def __init__(self, session: _Session) -> None:
-        self._session = session
-
-    def __enter__(self) -> None:
-        self._session._busy.set()
-
-    def __exit__(self, *error: object) -> None:
-        self._session._since_s = time.monotonic()
-        self._session._busy.clear()
+        if told:
+            self._told = state
+            attempts = 0 if state == "ended" else self._attempts
+            self._tell(CameraEvent(self.plan.name, self.uri, state, reason, attempts, retry_s))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -14,6 +15,9 @@ from dapo_edge.runtime.outcome import CameraEvent, Outcome
 from dapo_edge.runtime.plan import Policy, SinkPlan
 
 MOST_EVENTS = 1000  # of cameras, that wait for a sink
+TOLD_EVERY_S = 60.0  # a sink may fail for a weekend
+
+log = logging.getLogger(__name__)
 
 
 class SinkQueue:
@@ -25,11 +29,14 @@ class SinkQueue:
         self.written = self.lost = self.failed = 0
         self.error: Exception | None = None  # the first one
         self._wake = wake
-        self._room = plan.queue
+        self._room, self._room_bytes = plan.queue, plan.max_bytes
+        self._bytes = 0
         self._entries: deque[Outcome | CameraEvent] = deque()
         self._results = 0  # among the entries
         self._changed = threading.Condition()
         self._closed = self._aborted = False
+        self._fails = False
+        self._told_s = 0.0  # when a failure was last told
         self._thread = threading.Thread(target=self._work, name=f"sink {self.sink.name}", daemon=True)
 
     def start(self) -> None:
@@ -38,24 +45,27 @@ class SinkQueue:
 
     def put(self, outcome: Outcome) -> None:
         """Queue one result by the queue's policy."""
+        nbytes = outcome.nbytes
         with self._changed:
-            while self._results >= self._room and self.policy == "wait" and not self._aborted:
+            while self._is_full(nbytes) and self.policy == "wait" and not self._aborted:
                 self._changed.wait(LOOK_UP_S)
             if self._aborted:
                 self.lost += 1
                 return
-            if self._results >= self._room:
+            while self._is_full(nbytes):
                 self._lose_oldest()
             self._entries.append(outcome)
             self._results += 1
+            self._bytes += nbytes
             self._changed.notify_all()
 
     def note(self, event: CameraEvent) -> None:
-        """Queue a change of state; never waits."""
+        """Queue a change of state; never waits. The oldest are forgotten where thousands wait."""
         with self._changed:
-            if len(self._entries) - self._results < MOST_EVENTS:
-                self._entries.append(event)
-                self._changed.notify_all()
+            if len(self._entries) - self._results >= MOST_EVENTS:
+                self._entries.remove(next(entry for entry in self._entries if isinstance(entry, CameraEvent)))
+            self._entries.append(event)
+            self._changed.notify_all()
 
     def close(self) -> None:
         """Nothing more will come: the thread writes what is queued, and ends."""
@@ -77,8 +87,9 @@ class SinkQueue:
         """Lose what is queued."""
         with self._changed:
             self._aborted = self._closed = True
-            while self._entries:
-                self._lose_oldest()
+            self.lost += self._results
+            self._entries.clear()
+            self._results = self._bytes = 0
             self._changed.notify_all()
 
     @property
@@ -91,28 +102,48 @@ class SinkQueue:
         state = {"name": self.sink.name, "written": self.written, "lost": self.lost, "failed": self.failed}
         return state if self.error is None else {**state, "error": str(self.error)}
 
+    def _is_full(self, more_bytes: int) -> bool:
+        return self._results >= self._room or (self._results > 0 and self._bytes + more_bytes > self._room_bytes)
+
     def _lose_oldest(self) -> None:
-        """Give up the oldest result, or an event before it."""
-        entry = self._entries.popleft()
-        if isinstance(entry, Outcome):
-            self._results -= 1
-            self.lost += 1
+        """Give up the oldest result; changes of state stay."""
+        oldest = next(entry for entry in self._entries if isinstance(entry, Outcome))
+        self._entries.remove(oldest)
+        self._forget(oldest)
+        self.lost += 1
+
+    def _forget(self, outcome: Outcome) -> None:
+        self._results -= 1
+        self._bytes -= outcome.nbytes
 
     def _work(self) -> None:
         while (entry := self._next()) is not None:
-            is_result = isinstance(entry, Outcome)
             try:
                 self.sink.write(entry) if isinstance(entry, Outcome) else self.sink.note(entry)
             except Exception as error:  # whatever a sink does, it must not touch the line
-                self.error = self.error or error
-                self.failed += is_result
+                self.failed += 1
+                self._tell_failure(error)
             else:
-                self.written += is_result
+                self.written += isinstance(entry, Outcome)
+                self._tell_recovery()
         try:
             self.sink.close()
         except Exception as error:
-            self.error = self.error or error
+            self._tell_failure(error)
         self._wake()
+
+    def _tell_failure(self, error: Exception) -> None:
+        self.error = self.error or error
+        now_s = time.monotonic()
+        if not self._fails or now_s - self._told_s > TOLD_EVERY_S:
+            self._told_s = now_s
+            log.warning("the sink '%s' fails: %s", self.sink.name, error)
+        self._fails = True
+
+    def _tell_recovery(self) -> None:
+        if self._fails:
+            self._fails = False
+            log.warning("the sink '%s' works again; %d entries failed so far", self.sink.name, self.failed)
 
     def _next(self) -> Outcome | CameraEvent | None:
         with self._changed:
@@ -121,7 +152,8 @@ class SinkQueue:
             if not self._entries:
                 return None
             entry = self._entries.popleft()
-            self._results -= isinstance(entry, Outcome)
+            if isinstance(entry, Outcome):
+                self._forget(entry)
             self._changed.notify_all()
             return entry
 
@@ -147,10 +179,13 @@ class Delivery:
         with order.lock:  # held while queueing: the next result of this camera must not overtake
             order.ready[ticket.number] = outcome
             while order.next in order.ready:
-                for queue in self.queues:
-                    queue.put(order.ready[order.next])
-                del order.ready[order.next]
+                self._hand_out(order.ready.pop(order.next))
                 order.next += 1
+
+    def _hand_out(self, outcome: Outcome) -> None:
+        plain = outcome if all(queue.sink.draws for queue in self.queues) else outcome.without_pictures()
+        for queue in self.queues:
+            queue.put(outcome if queue.sink.draws else plain)
 
     def note(self, event: CameraEvent) -> None:
         """A camera's change of state."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -24,6 +25,10 @@ from dapo_edge.runtime.decide import decide, regions_of_parts
 from dapo_edge.runtime.slots import Slots
 from dapo_edge.runtime.tiling import Plan, Views, plan
 from dapo_edge.structures import MAX_PIXELS, MIN_SIDE_PX, DefectMap, Frame, Inspection
+
+CLOSE_S = 2.0  # for calls in hand to end
+
+log = logging.getLogger(__name__)
 
 
 class Inspector:
@@ -123,9 +128,12 @@ class Inspector:
             self.thresholds = thresholds or self._own_thresholds
 
     def close(self) -> None:
-        """Free the engine."""
-        with self._slots.all():
-            self.backend.close()
+        """Free the engine. One that hangs is left to the end of the process: nothing can be freed under it."""
+        try:
+            with self._slots.all(CLOSE_S):
+                self.backend.close()
+        except TimeoutError:
+            log.warning("the engine has not come back for %g s and stays loaded until the program ends", CLOSE_S)
 
     def __enter__(self) -> Self:
         return self

@@ -112,7 +112,7 @@ class Intake:
             until_s: float | None = None
             while True:
                 self._collect(batch)
-                frames = sum(isinstance(ticket.item, Frame) for ticket in batch)
+                frames = self._weight(batch)
                 if batch and until_s is None:
                     until_s = time.monotonic() + (self._window_s if frames and len(self.lanes) > 1 else 0)
                 if until_s is not None:
@@ -141,7 +141,7 @@ class Intake:
             self.changed.notify_all()
 
     def _collect(self, batch: list[Ticket]) -> None:
-        frames = sum(isinstance(ticket.item, Frame) for ticket in batch)
+        frames = self._weight(batch)
         empty = 0
         while frames < self._max_batch and empty < len(self.lanes):
             ticket = self.lanes[self._next_lane].pop()
@@ -151,4 +151,10 @@ class Intake:
                 continue
             empty = 0
             batch.append(ticket)
-            frames += isinstance(ticket.item, Frame)
+            frames = self._weight(batch)
+
+    def _weight(self, batch: list[Ticket]) -> int:
+        """How full a batch is. A frame that is cut into views fills it: others would wait for all of its tiles."""
+        return sum(
+            self._max_batch if ticket.lane.plan.views else 1 for ticket in batch if isinstance(ticket.item, Frame)
+        )

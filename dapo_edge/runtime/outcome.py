@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
+import numpy as np
+
 from dapo_edge.errors import FrameError
-from dapo_edge.structures import Frame, Inspection
+from dapo_edge.structures import DefectMap, Frame, Inspection
 
 # connecting: being opened for the first time. live: frames come. stalled: open, but silent for too long.
 # lost: closed, and tried again after a while. ended: no more frames will come.
 CameraState = Literal["connecting", "live", "stalled", "lost", "ended"]
+_NO_PIXELS = np.empty((0, 0, 3), np.uint8)
+_NO_MAP, _NO_TYPES = np.empty((0, 0), np.float32), np.empty((0, 0), np.uint8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +29,25 @@ class Outcome:
     error: FrameError | None = None
     camera: str = ""  # name of the source in this run
 
+    @property
+    def nbytes(self) -> int:
+        """Of pixels and maps."""
+        size = 0
+        if self.frame is not None and hasattr(self.frame.pixels, "data"):
+            size += getattr(self.frame.pixels, "nbytes", 0) or self.frame.pixels.data.nbytes
+        if self.inspection is not None:
+            size += self.inspection.anomaly_map.nbytes + self.inspection.type_map.nbytes
+        return size
+
+    def without_pictures(self) -> Outcome:
+        """The same result with empty pixels and maps, which little memory holds."""
+        frame, inspection = self.frame, self.inspection
+        if frame is not None:
+            frame = replace(frame, pixels=_NO_PIXELS, truth=None)
+        if inspection is not None:
+            inspection = replace(inspection, defect_map=DefectMap(_NO_MAP, _NO_TYPES, inspection.types))
+        return replace(self, frame=frame, inspection=inspection)
+
 
 @dataclass(frozen=True)
 class CameraEvent:
@@ -34,7 +57,7 @@ class CameraEvent:
     source: str  # URI without credentials
     state: CameraState
     reason: str = ""  # of a state that is not wanted
-    attempt: int = 0  # how many times it was tried in vain since it was last live
+    attempt: int = 0  # how many times it was tried in vain since it was last live for a while
     retry_s: float | None = None  # seconds until the next attempt
     timestamp_ns: int = field(default_factory=time.time_ns)  # wall clock, nanoseconds since 1970
 
@@ -43,6 +66,7 @@ class Sink(Protocol):
     """Where results go. Each sink has its own thread and queue in a run; its methods are called by that thread only."""
 
     name: str  # in statistics, unique within a run
+    draws: bool  # needs pixels and maps; else its outcomes come without, and many may wait in little memory
 
     def open(self) -> None:
         """Get ready, so that a wrong path shows before the first frame. Called before the run by the caller's thread.

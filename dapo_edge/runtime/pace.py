@@ -14,10 +14,11 @@ class Pace:
 
     def lets_through(self, arrived_s: float) -> bool:
         """Whether a frame that came by itself is due."""
-        if not self._period_s or arrived_s >= self._due_s:
-            self._due_s = max(self._due_s + self._period_s, arrived_s)
-            return True
-        return False
+        if arrived_s < self._due_s:
+            return False
+        # Evenly from the last one that was due; after a gap from now, or two frames would pass at once.
+        self._due_s = max(self._due_s, arrived_s - self._period_s / 2) + self._period_s
+        return True
 
     def delay_s(self) -> float:
         """How long to wait before the next frame is asked for."""
@@ -26,5 +27,5 @@ class Pace:
         now_s = time.monotonic()
         if now_s < self._due_s:
             return self._due_s - now_s
-        self._due_s = max(self._due_s, now_s - self._period_s) + self._period_s
+        self._due_s = max(self._due_s, now_s - self._period_s / 2) + self._period_s
         return 0.0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import queue
 import threading
 import time
@@ -26,7 +27,9 @@ from dapo_edge.runtime.plan import CameraPlan, SinkPlan
 from dapo_edge.runtime.sources import open_source
 from dapo_edge.structures import Frame, Inspection
 
-WIND_UP_S = 1.0  # for threads to end by themselves; one that hangs in a foreign library is left behind
+WIND_UP_S = 0.4  # for threads to end by themselves; one that hangs in a foreign library is left behind
+
+log = logging.getLogger(__name__)
 
 
 class Pipeline:
@@ -85,6 +88,8 @@ class Pipeline:
         Raises what broke, after everything else was inspected and emitted: `SourceError` of files that break off and
         of cameras that refuse from the start, `OutputError` of sinks. `BackendError` ends the run at once.
         """
+        if self._cameras:
+            raise RecipeError("this run is over", "Make another Pipeline")
         self._open_all()
         self._cameras = self._made_cameras()
         self._delivery.start(self._intake.lanes)
@@ -227,8 +232,9 @@ class Pipeline:
             camera.join(until_s)
         for sink in self._delivery.queues:
             sink.join(until_s)
-        for account in self._accounts:
-            account.close()
+        given_up = sum(account.close() for account in self._accounts)
+        if given_up:
+            log.warning("%d frames were still in the engine and are counted as dropped", given_up)
         self._clock.end()
 
     def _note_refusal(self, camera: Camera) -> None:
@@ -240,12 +246,10 @@ class Pipeline:
     def _raise_what_broke(self) -> None:
         if self._error is not None:
             raise self._error
-        if self._stop_asked:
-            return
         broken = [camera.error for camera in self._cameras if camera.error is not None]
-        if len(broken) == 1:
+        if len(broken) == 1 and not self._stop_asked:
             raise broken[0]
-        if broken:
+        if broken and not self._stop_asked:  # who stops a run does not want to hear of its files
             raise SourceError("; ".join(error.cause for error in broken), broken[0].remedy)
         problem = self._delivery.problem()
         if problem is not None:
@@ -302,6 +306,7 @@ class _Tap:
     """A sink that hands results to a loop in another thread."""
 
     name = "loop"
+    draws = True
 
     def __init__(self) -> None:
         self._queue: queue.Queue[Outcome | None] = queue.Queue(maxsize=1)

@@ -26,15 +26,18 @@ class Slots:
             self._free.release()
 
     @contextlib.contextmanager
-    def all(self) -> Iterator[None]:
-        """Take all slots, as soon as those inside have left."""
+    def all(self, timeout_s: float = -1) -> Iterator[None]:
+        """Take all slots, as soon as those inside have left. Raises `TimeoutError`; -1 waits for ever."""
         taken = 0
-        with self._entry:
-            try:
-                while taken < self._count:
-                    self._free.acquire()
-                    taken += 1
-                yield
-            finally:
-                for _ in range(taken):
-                    self._free.release()
+        if not self._entry.acquire(timeout=timeout_s):
+            raise TimeoutError
+        try:
+            while taken < self._count:
+                if not self._free.acquire(timeout=None if timeout_s < 0 else timeout_s):
+                    raise TimeoutError
+                taken += 1
+            yield
+        finally:
+            for _ in range(taken):
+                self._free.release()
+            self._entry.release()

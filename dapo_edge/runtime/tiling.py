@@ -132,7 +132,7 @@ class Plan:
         return [_cropped(view, box) for box in self.boxes]
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=128)  # more cameras with regions of their own than one machine has
 def plan(views: Views, frame_size: tuple[int, int], spec: MapSpec, map_size: MapSize) -> Plan:
     """How frames of (width, height) px are looked at; made once per size.
 

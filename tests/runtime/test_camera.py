@@ -6,6 +6,7 @@ import gc
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from dapo_edge.errors import DependencyMissing, SourceError, SourceRefused
 from dapo_edge.runtime.camera import MOST_LEFT_BEHIND, Patience
 from dapo_edge.runtime.pipeline import Pipeline
 from dapo_edge.runtime.plan import CameraPlan, SinkPlan
+from dapo_edge.runtime.session import Session
 from dapo_edge.runtime.sources import Properties
 
 GONE = SourceError("cable out", "plug it in")
@@ -125,7 +127,7 @@ def test_a_camera_that_is_not_there_yet_is_waited_for() -> None:
     with scripted(a=[[absent], [absent], [0, 1]]):
         run(camera("a", frames=2), sink=sink)
     assert sink.states("a") == ["connecting", "lost", "lost", "live", "ended"]
-    assert [event.attempt for event in sink.events] == [0, 1, 2, 0, 0]
+    assert [event.attempt for event in sink.events] == [0, 1, 2, 2, 0]
     assert not sink.outcomes[0].frame.resumed  # type: ignore[union-attr]  # it never was there before
 
 
@@ -138,6 +140,24 @@ def test_a_camera_that_refuses_from_the_start_ends_the_run(error: Exception) -> 
 def test_a_refusal_later_on_is_a_loss_like_any_other() -> None:
     with scripted(a=[[0, SourceRefused("rebooting", "wait")], [0]]):
         assert run(camera("a", frames=2)).counts().inspected == 2
+    with scripted(a=[[GONE], [SourceRefused("still booting", "wait")], [DependencyMissing("?", "?")], [0]]):
+        assert run(camera("a", frames=1)).counts().inspected == 1
+
+
+def test_no_thread_for_one_camera_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Session.start
+    failures = iter([True, True, False])
+
+    def start(session: Session) -> None:
+        if session.name == "camera a" and next(failures, False):
+            raise RuntimeError("can't start new thread")
+        real(session)
+
+    monkeypatch.setattr(Session, "start", start)
+    sink = Collector()
+    with scripted(a=[range(3)], b=[range(30)]):
+        run(camera("a", frames=3), camera("b", frames=30), sink=sink)
+    assert sink.indices("a") == [0, 1, 2] and sink.indices("b") == list(range(30))
 
 
 @pytest.mark.parametrize("error", [RuntimeError("bug in an SDK"), ZeroDivisionError(), OSError(5, "I/O")])
@@ -155,6 +175,60 @@ def test_a_triggered_camera_may_be_silent() -> None:
         )
         pipeline = run(camera("a", policy=None, frames=2))
     assert len(opened) == 1 and pipeline.cameras[0].lane.policy == "wait"
+
+
+def test_a_triggered_camera_is_live_before_its_first_frame() -> None:
+    with scripted(a=[[None] * 1000]):
+        pipeline = Pipeline(FakeInspector(), [camera("a", triggered=True)], patience=QUICK)  # type: ignore[arg-type]
+        thread = threading.Thread(target=pipeline.run)
+        thread.start()
+        end = time.monotonic() + 5
+        while pipeline.as_json()["cameras"][0]["state"] != "live" and time.monotonic() < end:
+            time.sleep(0.01)
+        state = pipeline.as_json()["cameras"][0]["state"]
+        pipeline.stop()
+        thread.join()
+    assert state == "live" and pipeline.counts().captured == 0
+
+
+def test_a_triggered_camera_whose_library_hangs_is_given_up() -> None:
+    release = threading.Event()
+
+    def hang() -> int:
+        release.wait(5)
+        return 9
+
+    sink = Collector()
+    with scripted(a=[[0, hang], [1]]):
+        run(camera("a", frames=2, triggered=True), sink=sink)
+        release.set()
+    assert sink.states("a") == ["connecting", "live", "stalled", "lost", "live", "ended"]
+    assert "hangs" in sink.events[2].reason
+
+
+def test_a_camera_slower_than_anyone_knows_becomes_live() -> None:
+    slow = [sleeping(0.5, index) for index in range(3)]  # more than three times the silence allowed at first
+    with scripted(a=[slow] * 6) as opened:
+        pipeline = run(camera("a", frames=3))
+    assert len(opened) <= 4 and pipeline.counts().inspected == 3
+
+
+def test_a_plan_may_say_how_long_a_source_may_be_silent() -> None:
+    with scripted(a=[[0, sleeping(0.4, 1), sleeping(0.4, 2)]]) as opened:
+        run(camera("a", frames=3, silence_s=0.8))
+    assert len(opened) == 1
+
+
+def test_a_camera_that_comes_and_goes_is_tried_less_and_less_and_fills_no_log() -> None:
+    sink = Collector()
+    patience = replace(QUICK, steady_s=0.5)
+    flaps = [[0, GONE]] * 40
+    started = time.monotonic()
+    with scripted(a=[*flaps, range(10**6)]):
+        run(camera("a", frames=60), sink=sink, patience=patience)
+    assert time.monotonic() - started > 30 * 0.05 * 0.8, "the back-off went on growing"
+    assert len(sink.events) < 16
+    assert sink.states("a")[-2:] != ["lost", "ended"]
 
 
 def test_a_slow_camera_is_not_stalled() -> None:

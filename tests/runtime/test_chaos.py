@@ -75,11 +75,12 @@ class Auditor:
     """A sink that checks the books at every entry, and each camera's order."""
 
     name = "auditor"
+    draws = False
 
     def __init__(self) -> None:
         self.pipeline: Pipeline | None = None
         self.last = dict.fromkeys(range(CAMERAS), -1)
-        self.checks = self.resumed = 0
+        self.checks = self.inspected = self.resumed = 0
         self.warm_bytes = 0
 
     def open(self) -> None:
@@ -91,6 +92,7 @@ class Auditor:
             counts = account.counts()
             assert counts.balanced and 0 <= counts.in_flight <= 4 + 3 * 8 + 1, counts
         self.checks += 1
+        self.inspected += outcome.inspection is not None
         camera = int(outcome.camera)
         assert outcome.index is not None and outcome.index > self.last[camera], "a camera's results left out of order"
         self.last[camera] = outcome.index
@@ -145,7 +147,7 @@ def test_a_hundred_thousand_frames_of_random_faults() -> None:
         del SOURCES["chaos"]
     counts = pipeline.counts()
     assert counts.balanced and counts.in_flight == 0
-    assert counts.captured >= FRAMES
+    assert counts.captured >= FRAMES and counts.inspected == auditor.inspected
     # A thread that hung until after the end took a last frame with it, which nobody waits for.
     handed_out = sum(camera.handed_out for camera in ChaosCamera.openings)
     assert 0 <= handed_out - counts.captured <= CAMERAS * 5
