@@ -11,8 +11,10 @@ demo: $(READY)
 rigs: $(READY)
 	tests/rigs/install.sh $(BIN)/python
 
+# Two processes share the tests that only compute; those that measure time or hold cameras follow alone.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not gpu and not alone'
+	$(BIN)/python -m pytest -m 'alone and not slow and not gpu' --durations 10
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow

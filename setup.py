@@ -31,6 +31,7 @@ EXTRAS = {
     "gpu": ["pycuda>=2024.1", "onnx>=1.16", "opencv-python-headless>=4.8; platform_machine != 'aarch64'"],
     "dev": [
         "pytest>=8",
+        "pytest-xdist>=3.6",
         "hypothesis>=6.100",
         "scipy>=1.11",
         "scikit-learn>=1.4",

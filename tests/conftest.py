@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,19 @@ TINY = {
     "vision_cfg": {"image_size": 64, "layers": 5, "width": 64, "head_width": 16, "patch_size": 16},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 3},
 }
+
+
+# Tests that measure time, get signals, or hold a camera that there is once: they run while nothing else does.
+ALONE = re.compile(
+    r"runtime/test_(pipeline|camera|chaos|line_\w+|rtsp\w*|gst\w*|v4l2\w*|gige|genicam|basler|industrial|cameras|watched\w*)"
+    r"|test_(cli_run\w*|cli_cameras|terminal|demo)|engine/test_speed|runtime/test_synthetic_source"
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if ALONE.search(item.path.as_posix()):
+            item.add_marker("alone")
 
 
 @pytest.fixture(scope="session", autouse=True)

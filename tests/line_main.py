@@ -1,14 +1,19 @@
 """`dapo-edge` with a fake engine and cameras that behave badly, as a program: `python line_main.py run ...`.
 
 hang://NAME?frames=N gives N frames and then hangs, deaf to everything, as a vendor's library may. slow://MS needs that
-long for each frame. The engine says `ok` to all; DAPO_TEST_ENGINE_MS is its time for one batch.
+long for each frame. The engine says `ok` to all; DAPO_TEST_ENGINE_MS is its time for one batch. With
+DAPO_TEST_LOADING_S it says "loading" and takes that long for it. DAPO_TEST_ENGINE=hang,fail lets it say "hanging" and
+never come back from its first batch, and refuse the second one. It refuses all as soon as DAPO_TEST_FAILS_WITH exists.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +21,10 @@ from line_fakes import FakeInspector
 
 import dapo_edge.runtime.inspector
 from dapo_edge.cli import main
+from dapo_edge.errors import BackendError, FrameError
 from dapo_edge.package import Thresholds
 from dapo_edge.runtime.sources import SOURCES, Properties, Source
-from dapo_edge.structures import Frame
+from dapo_edge.structures import Frame, Inspection
 
 
 class HangingCamera(Source):
@@ -52,8 +58,11 @@ class Engine(FakeInspector):
 
     def __init__(self, package: object, **options: Any) -> None:
         if os.environ.get("DAPO_TEST_LOADING_S"):
+            print("loading", file=sys.stderr, flush=True)
             time.sleep(float(os.environ["DAPO_TEST_LOADING_S"]))
-        super().__init__(seconds=float(os.environ.get("DAPO_TEST_ENGINE_MS", 0)) / 1e3)
+        self.ways = [way for way in os.environ.get("DAPO_TEST_ENGINE", "").split(",") if way]
+        seconds = float(os.environ.get("DAPO_TEST_ENGINE_MS", 0)) / 1e3
+        super().__init__(seconds=seconds, concurrency=max(1, len(self.ways)))
         self.thresholds = Thresholds()
         self.options = options
 
@@ -62,6 +71,15 @@ class Engine(FakeInspector):
 
     def __exit__(self, *error: object) -> None:
         pass
+
+    def inspect_batch(self, frames: Sequence[Frame], views: Sequence[Any]) -> list[Inspection | FrameError]:
+        way = self.ways.pop(0) if self.ways else ""
+        if way == "hang":
+            print("hanging", file=sys.stderr, flush=True)
+            threading.Event().wait()
+        if way == "fail" or Path(os.environ.get("DAPO_TEST_FAILS_WITH", "none")).exists():
+            raise BackendError("the device is gone", "Restart it")
+        return super().inspect_batch(frames, views)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,14 @@ from dapo_edge.package import EnginePackage
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = ["README.md", "CONTRIBUTING.md", "engines/README.md", "calibration/README.md", "benchmarks/README.md", "docs/line.md"]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "engines/README.md",
+    "calibration/README.md",
+    "benchmarks/README.md",
+    "docs/line.md",
+]
 
 
 def block(language: str) -> str:

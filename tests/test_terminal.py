@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 
 import pytest
 
-from dapo_edge.terminal import interruptible_progress
+from dapo_edge.terminal import fail, interruptible_progress, warnings_to_stderr
 
 
 def deliver(number: signal.Signals) -> None:
@@ -47,3 +48,21 @@ def test_an_error_without_a_signal_stays_what_it_is(capsys: pytest.CaptureFixtur
         raise ValueError("a fault")
     assert capsys.readouterr().err == "working\n"
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_warnings_are_one_line_on_stderr_without_passwords(capsys: pytest.CaptureFixture[str]) -> None:
+    log = logging.getLogger("dapo_edge.some.part")
+    with warnings_to_stderr():
+        log.info("not worth a word")
+        try:
+            raise OSError("gone")
+        except OSError as error:
+            log.warning("%s fails:\n %s", "rtsp://me:hush@h/x", error, exc_info=True)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == "warning: rtsp://***@h/x fails: gone\n"
+
+
+def test_errors_hold_no_password(capsys: pytest.CaptureFixture[str]) -> None:
+    fail("'rtsp:/me:hush@h/x' and 'rtsp://a:hu sh@h/y' and 'rtsp://b:hush@h/z'", ["rtsp://a:hu sh@h/y"])
+    assert capsys.readouterr().err == "error: '***@h/x' and 'rtsp://***@h/y' and 'rtsp://***@h/z'\n"

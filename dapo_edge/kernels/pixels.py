@@ -20,6 +20,7 @@ FloatArray = NDArray[np.float32]
 # In the order of `Format` in preprocess.cu. BayerRG8 is GenICam's name: red at the top left, then green.
 PixelFormat = Literal["BGR8", "RGB8", "GRAY8", "BayerRG8", "NV12"]
 FORMATS: tuple[PixelFormat, ...] = get_args(PixelFormat)
+_PATTERNS = (("RGGB", "GRBG"), ("GBRG", "BGGR"))  # that begin on an even or odd row and column of RGGB
 _BYTES_PER_PIXEL = {"BGR8": 3, "RGB8": 3, "GRAY8": 1, "BayerRG8": 1, "NV12": 1}
 
 
@@ -103,15 +104,24 @@ class PixelView:
         data = np.vstack([luma[:, columns], chroma[:, columns]])
         return PixelView(data, "NV12", across, down, (left - first_x, top - first_y, width, height))
 
-    def bgr(self) -> Bytes:
+    def bgr(self, out: Bytes | None = None) -> Bytes:
         """The part that is looked at, [H, W, 3] BGR, contiguous: what `rgb` defines, by OpenCV where it is installed.
 
-        The bits are the same; 12 megapixels of Bayer take OpenCV milliseconds and the definition more than a second.
+        `out`, of the same shape and contiguous, is written and returned instead of new memory. The bits are the same;
+        12 megapixels of Bayer take OpenCV milliseconds and the definition more than a second.
         """
+        if out is None and self.format == "BGR8":
+            return np.ascontiguousarray(self.rgb()[..., ::-1])
+        bgr = np.empty(self.shape, np.uint8) if out is None else out
+        if bgr.shape != self.shape or bgr.dtype != np.uint8 or not bgr.flags.c_contiguous:
+            cause = f"{list(bgr.shape)} of {bgr.dtype} can't hold the picture"
+            raise FrameError(cause, f"Give contiguous uint8 of {list(self.shape)}")
         cv2 = _opencv()
         if cv2 is None or min(self.width, self.height) < 4:
-            return np.ascontiguousarray(self.rgb()[..., ::-1])
-        return np.ascontiguousarray(_to_bgr(cv2, self))
+            np.copyto(bgr, self.rgb()[..., ::-1])
+        else:
+            _to_bgr(cv2, self, bgr)
+        return bgr
 
     def rgb(self) -> Bytes:
         """The part that is looked at, [H, W, 3] RGB."""
@@ -154,20 +164,24 @@ def _opencv() -> ModuleType | None:
         return None
 
 
-def _to_bgr(cv2: ModuleType, view: PixelView) -> Bytes:
-    """`view.bgr()` without copies of the camera's bytes: OpenCV takes rows that are longer than the picture."""
+def _to_bgr(cv2: ModuleType, view: PixelView, out: Bytes) -> None:
+    """`view.bgr(out)` without copies of the camera's bytes: OpenCV takes rows that are longer than the picture."""
     left, top, across, down = view.window
     if view.format == "NV12":
-        return _nv12_to_bgr(cv2, view)
-    if view.format == "BayerRG8":
-        return _bayer_to_bgr(cv2, view)
-    if view.format == "GRAY8":
-        return cv2.cvtColor(view.data[top : top + down, left : left + across], cv2.COLOR_GRAY2BGR)
-    pixels = view.data[top : top + down, 3 * left : 3 * (left + across)].reshape(down, across, 3)
-    return pixels if view.format == "BGR8" else cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
+        _nv12_to_bgr(cv2, view, out)
+    elif view.format == "BayerRG8":
+        _bayer_to_bgr(cv2, view, out)
+    elif view.format == "GRAY8":
+        cv2.cvtColor(view.data[top : top + down, left : left + across], cv2.COLOR_GRAY2BGR, dst=out)
+    else:
+        pixels = view.data[top : top + down, 3 * left : 3 * (left + across)].reshape(down, across, 3)
+        if view.format == "BGR8":
+            np.copyto(out, pixels)
+        else:
+            cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR, dst=out)
 
 
-def _nv12_to_bgr(cv2: ModuleType, view: PixelView) -> Bytes:
+def _nv12_to_bgr(cv2: ModuleType, view: PixelView, out: Bytes) -> None:
     """OpenCV takes pairs of rows and columns only: as many as hold the window, then the window of these."""
     left, top, across, down = view.window
     first_x, first_y = left // 2 * 2, top // 2 * 2
@@ -175,24 +189,29 @@ def _nv12_to_bgr(cv2: ModuleType, view: PixelView) -> Bytes:
     first_pair = view.height + first_y // 2
     luma = view.data[first_y : first_y + rows, first_x : first_x + columns]
     chroma = view.data[first_pair : first_pair + rows // 2, first_x : first_x + columns]
-    bgr = cv2.cvtColorTwoPlane(luma, chroma.reshape(rows // 2, columns // 2, 2), cv2.COLOR_YUV2BGR_NV12)
-    return bgr[top - first_y : top - first_y + down, left - first_x : left - first_x + across]
+    fits = (down, across) == (rows, columns)
+    pairs = chroma.reshape(rows // 2, columns // 2, 2)
+    bgr = cv2.cvtColorTwoPlane(luma, pairs, cv2.COLOR_YUV2BGR_NV12, dst=out if fits else None)
+    if not fits:
+        np.copyto(out, bgr[top - first_y : top - first_y + down, left - first_x : left - first_x + across])
 
 
-def _bayer_to_bgr(cv2: ModuleType, view: PixelView) -> Bytes:
+def _bayer_to_bgr(cv2: ModuleType, view: PixelView, out: Bytes) -> None:
     part = view.trimmed()
-    if min(part.width, part.height) < 4:
-        return part.rgb()[..., ::-1]
-    mosaic = part.data[: part.height, : part.width]
-    bgr = cv2.cvtColor(mosaic, cv2.COLOR_BayerBG2BGR)  # OpenCV's name of the pattern with red at the top left
-    # OpenCV repeats the pixels beside the border there. Strips of the definition, which keep the pattern's phase.
-    last_y, last_x = (part.height - 3) // 2 * 2, (part.width - 3) // 2 * 2
-    bgr[0], bgr[-1] = (_demosaic(strip)[row, :, ::-1] for strip, row in ((mosaic[:3], 0), (mosaic[last_y:], -1)))
-    bgr[:, 0], bgr[:, -1] = (
-        _demosaic(strip)[:, column, ::-1] for strip, column in ((mosaic[:, :3], 0), (mosaic[:, last_x:], -1))
-    )
     left, top, across, down = part.window
-    return bgr[top : top + down, left : left + across]
+    if min(across, down) < 4:
+        np.copyto(out, part.rgb()[..., ::-1])
+        return
+    mosaic = part.data[: part.height, : part.width]
+    code = getattr(cv2, f"COLOR_Bayer{_PATTERNS[top % 2][left % 2]}2BGR")
+    cv2.cvtColor(mosaic[top : top + down, left : left + across], code, dst=out)
+    # OpenCV makes the outermost pixels from what is inside: here from all of the mosaic, by strips that keep its phase.
+    for row, y in ((0, top), (-1, top + down - 1)):
+        first = max(y - 1, 0) // 2 * 2
+        out[row] = _demosaic(mosaic[first : y + 2])[y - first, left : left + across, ::-1]
+    for column, x in ((0, left), (-1, left + across - 1)):
+        first = max(x - 1, 0) // 2 * 2
+        out[:, column] = _demosaic(mosaic[:, first : x + 2])[top : top + down, x - first, ::-1]
 
 
 def preprocess(

@@ -17,6 +17,7 @@ import numpy as np
 
 from dapo_edge.errors import DapoEdgeError, DependencyMissing, FrameError, SourceError, SourceRefused
 from dapo_edge.runtime.accounting import Account
+from dapo_edge.runtime.buffers import BufferPool
 from dapo_edge.runtime.intake import Lane
 from dapo_edge.runtime.outcome import CameraEvent, CameraState, Outcome
 from dapo_edge.runtime.pace import Pace
@@ -78,6 +79,7 @@ class Camera:
         self._reopen = reopen
         self._tell = tell
         self._host_pixels = host_pixels
+        self._pool = BufferPool()  # for pixels that are converted
         self.wake = wake
         self._jitter = random.Random()
         self._lock = threading.Lock()
@@ -201,7 +203,7 @@ class Camera:
         if not self._host_pixels or isinstance(frame.pixels, np.ndarray):
             return frame
         try:
-            return replace(frame, pixels=frame.image)
+            return replace(frame, pixels=frame.pixels.bgr(self._pool.take(frame.pixels.shape)))
         except Exception as error:
             cause = f"the pixels of '{frame.source}' can't be converted ({type(error).__name__}: {error})"
             raise FrameError(cause, "Ask the camera for BGR8").at(frame.index, frame.source) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tracemalloc
 from typing import Any
 
 import cv2
@@ -231,3 +232,36 @@ def test_bgr_by_opencv_is_the_definition_bit_for_bit(pixel_format: PixelFormat, 
         np.testing.assert_array_equal(image, view.bgr())
         assert image.flags.c_contiguous
         assert image.shape == view.shape
+
+
+@pytest.mark.parametrize("pixel_format", FORMATS)
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_bgr_into_memory_that_is_there(pixel_format: PixelFormat, is_installed: bool, monkeypatch: Any) -> None:
+    if not is_installed:
+        monkeypatch.setitem(sys.modules, "cv2", None)
+    rng = np.random.default_rng(2)
+    for view in (_random_view(pixel_format, rng) for _ in range(50)):
+        out = np.empty(view.shape, np.uint8)
+        assert view.bgr(out) is out
+        np.testing.assert_array_equal(out, view.bgr())
+    for wrong in (np.empty((*view.shape[:2], 4), np.uint8), np.empty(view.shape, np.float32), out[:, ::-1]):
+        with pytest.raises(FrameError, match="can't hold the picture"):
+            view.bgr(wrong)
+
+
+@pytest.mark.parametrize("pixel_format", FORMATS)
+@pytest.mark.parametrize("crop", [None, (1, 1, 638, 478)])
+def test_bgr_into_memory_that_is_there_takes_no_more(
+    pixel_format: PixelFormat, crop: tuple[int, int, int, int] | None
+) -> None:
+    data = np.zeros((720, 1920), np.uint8)
+    view = PixelView(data, pixel_format, 640, 480, crop)
+    out = np.empty(view.shape, np.uint8)
+    view.bgr(out)
+    tracemalloc.start()
+    try:
+        view.bgr(out)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < (1.1 * out.nbytes if pixel_format == "NV12" and crop else 0.2 * out.nbytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,14 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> None:
     sdks.preload()
     pytest.importorskip("pypylon.pylon", reason=f"pypylon is not installed; {INSTALL}")
     monkeypatch.setenv("PYLON_CAMEMU", str(len(SERIALS)))
+
+
+def search_only_these(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the network alone during this test: each search of it takes up to half a second."""
+    pylon = importlib.import_module("pypylon.pylon")
+    emulated, everywhere = pylon.DeviceInfo(), pylon.TlFactory.EnumerateDevices
+    emulated.SetDeviceClass("BaslerCamEmu")
+    monkeypatch.setattr(pylon.TlFactory, "EnumerateDevices", lambda factory: everywhere(factory, [emulated]))
 
 
 def uri(serial: str = SERIALS[0], **features: object) -> str:

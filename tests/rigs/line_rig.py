@@ -25,7 +25,7 @@ class Entry:
     done_s: float
     arrived_s: float | None  # None: the frame failed before it was a frame
     resumed: bool
-    failed: bool
+    error: str  # "" where it was inspected
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Ledger:
     """A sink that keeps the moments of all entries, not their pictures, and looks whether the books balance."""
 
     name = "ledger"
+    draws = False
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
@@ -53,8 +54,8 @@ class Ledger:
     def write(self, outcome: Outcome) -> None:
         done_s, frame = time.monotonic(), outcome.frame
         arrived_s, resumed = (frame.arrived_s, frame.resumed) if frame else (None, False)
-        failed = outcome.error is not None
-        self.entries.append(Entry(outcome.camera, outcome.index, done_s, arrived_s, resumed, failed))
+        error = str(outcome.error or "")
+        self.entries.append(Entry(outcome.camera, outcome.index, done_s, arrived_s, resumed, error))
         self._audit()
 
     def note(self, event: CameraEvent) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -11,11 +10,11 @@ import cv2
 import numpy as np
 import pytest
 from rigs import basler_rig, leaks
+from rigs.camera_checks import open_fails, read, woken_by_close
 
-from dapo_edge.errors import DependencyMissing, FrameError, FrameTimeout, SourceError, SourceRefused
-from dapo_edge.runtime.sources import Source, open_source
+from dapo_edge.errors import DependencyMissing, FrameError, FrameTimeout, SourceError
+from dapo_edge.runtime.sources import open_source
 from dapo_edge.runtime.sources.basler import BaslerSource, find_cameras
-from dapo_edge.structures import Frame
 
 uri, node = basler_rig.uri, basler_rig.node
 SMALL = {"Width": 640, "Height": 480, "PixelFormat": "Mono8"}
@@ -24,6 +23,7 @@ SMALL = {"Width": 640, "Height": 480, "PixelFormat": "Mono8"}
 @pytest.fixture(autouse=True)
 def _emulation(monkeypatch: pytest.MonkeyPatch) -> None:
     basler_rig.emulate(monkeypatch)
+    basler_rig.search_only_these(monkeypatch)
 
 
 @pytest.fixture
@@ -33,19 +33,6 @@ def folder(tmp_path: Path) -> Path:
         level = 40 * number + 10
         cv2.imwrite(str(tmp_path / f"p{number}.png"), np.full((96, 128, 3), (level, level + 10, level + 20), np.uint8))
     return tmp_path
-
-
-def read(source: Source) -> Frame:
-    frame = source.read(2)
-    assert frame is not None
-    return frame
-
-
-def open_fails(address: str, kind: type[SourceError] = SourceRefused) -> str:
-    with pytest.raises(SourceError) as caught, open_source(address):
-        pass
-    assert type(caught.value) is kind, caught.value
-    return str(caught.value)
 
 
 def test_emulated_cameras_are_found() -> None:
@@ -172,14 +159,20 @@ def test_a_removed_camera_is_opened_again() -> None:
     assert BaslerSource.reconnects
 
 
+def test_a_triggered_camera_that_is_removed_is_no_silent_one() -> None:
+    with open_source(uri(trigger="Line1", **SMALL)) as source:
+        with pytest.raises(FrameTimeout):
+            source.read(0.05)
+        node(source, "FirePnPCallback").Execute()
+        began_s = time.monotonic()
+        with pytest.raises(SourceError, match="was removed"):
+            source.read()
+        assert time.monotonic() - began_s < 1.5
+
+
 def test_closing_wakes_a_reader() -> None:
     with open_source(uri(trigger="Line1", **SMALL)) as source:
-        timer = threading.Timer(0.2, source.close)
-        timer.start()
-        start_s = time.monotonic()
-        assert source.read() is None
-        assert time.monotonic() - start_s < 1.5
-        timer.join()
+        assert woken_by_close(source) < 1.5
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rigs import genicam_rig, leaks
+from rigs.camera_checks import open_fails
 
 from dapo_edge.errors import DependencyMissing, FrameTimeout, SourceError, SourceRefused
-from dapo_edge.runtime.sources import open_source
+from dapo_edge.runtime.sources import industrial, open_source
 from dapo_edge.runtime.sources.genicam import GenicamSource, find_cameras
-from dapo_edge.runtime.sources.gentl import PATH_VARIABLE
+from dapo_edge.runtime.sources.gentl import PATH_VARIABLE, Producer
 
 uri = genicam_rig.uri
 
@@ -27,13 +28,6 @@ def _producer() -> None:
 
 def node_map(source: object) -> object:
     return source._camera.remote_device.node_map  # type: ignore[attr-defined]
-
-
-def open_fails(address: str, kind: type[SourceError] = SourceRefused) -> str:
-    with pytest.raises(SourceError) as caught, open_source(address):
-        pass
-    assert type(caught.value) is kind, caught.value
-    return str(caught.value)
 
 
 def test_three_cameras_are_found_and_open_by_their_uris() -> None:
@@ -126,6 +120,58 @@ def test_closing_wakes_a_reader() -> None:
         assert not source.is_open
 
 
+def test_a_silent_camera_is_asked_whether_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(industrial, "ALIVE_EVERY_S", 0.2)
+    asked: list[object] = []
+    check = GenicamSource._check_alive
+
+    def note_and_check(source: GenicamSource) -> None:
+        asked.append(source)
+        check(source)
+
+    monkeypatch.setattr(GenicamSource, "_check_alive", note_and_check)
+    with open_source(uri(AcquisitionFrameRate=100)) as source, open_source(uri("0")) as gone:
+        for _ in range(40):
+            source.read(2)
+        assert asked == []  # it delivers
+        node_map(source).AcquisitionStop.execute()  # type: ignore[attr-defined]
+        with pytest.raises(FrameTimeout):
+            while True:
+                source.read(0.5)
+        assert 2 <= len(asked) <= 3
+        # A stream stays as it was where its camera has gone: here by the question to one that the producer closed.
+        source._pulse = gone._pulse  # type: ignore[attr-defined]
+        gone._camera.device.module.close()  # type: ignore[attr-defined]
+        with pytest.raises(SourceError, match="does not answer any more") as caught:
+            source.read(5)
+        assert type(caught.value) is SourceError
+
+
+def test_a_producer_that_hangs_holds_up_its_own_cameras_only(tmp_path: Path) -> None:
+    other = tmp_path / "other.cti"
+    other.write_bytes(b"")
+    hanging = Producer(other.absolute())
+    held, let_go = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        with hanging.lock:
+            held.set()
+            let_go.wait(10)
+
+    thread = threading.Thread(target=hang)
+    thread.start()
+    held.wait(5)
+    try:
+        began_s = time.monotonic()
+        with open_source(uri()) as source:
+            assert source.read(2)
+        assert time.monotonic() - began_s < 2.0
+        assert thread.is_alive()
+    finally:
+        let_go.set()
+        thread.join()
+
+
 def test_cameras_share_a_producer_and_leave_each_other_alone() -> None:
     with open_source(uri("0", AcquisitionFrameRate=100)) as first:
         first.read(2)
@@ -195,7 +241,7 @@ def test_features_are_set_in_the_order_given() -> None:
 
 
 def test_a_command_is_carried_out() -> None:
-    with open_source(f"{uri()}&FancyBallOperation=1") as source:
+    with open_source(f"{uri()}&AcquisitionStart=1") as source:
         assert source.read(2)
 
 

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 import pytest
 from rigs import gige_rig, leaks
+from rigs.camera_checks import open_fails, read
 
 from dapo_edge.errors import DependencyMissing, FrameError, FrameTimeout, SourceError, SourceRefused
 from dapo_edge.runtime.sources import Source, aravis, open_source
-from dapo_edge.structures import Frame
 
 uri = gige_rig.uri
 
@@ -25,26 +25,12 @@ def camera() -> Iterator[gige_rig.FakeCamera]:
         yield camera
 
 
-def read(source: Source) -> Frame:
-    frame = source.read(2)
-    assert frame is not None
-    return frame
-
-
-def open_fails(address: str, kind: type[SourceError] = SourceRefused) -> str:
-    with pytest.raises(SourceError) as caught, open_source(address):
-        pass
-    assert type(caught.value) is kind, caught.value
-    return str(caught.value)
-
-
 @pytest.mark.usefixtures("camera")
 def test_the_camera_is_found_and_delivers() -> None:
     found = [camera for camera in aravis.find_cameras() if camera.serial == gige_rig.SERIAL]
     assert len(found) == 1
-    for address in (found[0].uri, uri(), f"aravis://{gige_rig.SERIAL}"):
-        with open_source(address) as source:
-            assert read(source).image.shape == (512, 512, 3)
+    with open_source(found[0].uri) as source:
+        assert read(source).image.shape == (512, 512, 3)
 
 
 @pytest.mark.usefixtures("camera")
@@ -111,14 +97,14 @@ def test_wrong_features_are_refused_with_what_is_right(query: str, message: str)
 
 
 @pytest.mark.usefixtures("camera")
-def test_who_else_has_it_and_who_is_not_there() -> None:
+def test_a_camera_that_somebody_has() -> None:
     with open_source(uri()) as source:
         read(source)
         assert "in use by another program" in open_fails(uri(), SourceError)
         assert read(source)
-    assert gige_rig.SERIAL in open_fails("aravis://4711", SourceError)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("camera")
 def test_a_killed_program_gives_its_camera_back() -> None:
     """After the heartbeat: until then it may be asked again."""
@@ -153,11 +139,11 @@ def test_opening_and_closing_leaks_nothing() -> None:
         with open_source(uri(AcquisitionFrameRate=200)) as source:
             read(source)
 
-    assert leaks.leaked(cycle) == (0, 0)
+    assert leaks.leaked(cycle, times=4) == (0, 0)
 
 
 def test_lost_packets_are_failed_frames() -> None:
-    with gige_rig.FakeCamera(lost_per_mille=1), open_source(uri(AcquisitionFrameRate=50)) as source:
+    with gige_rig.FakeCamera(lost_per_mille=1), open_source(uri(AcquisitionFrameRate=100)) as source:
         counts: Counter[str] = Counter()
         for index in range(60):
             try:
@@ -172,10 +158,13 @@ def test_lost_packets_are_failed_frames() -> None:
     assert sum(counts.values()) == 60
 
 
-def test_a_camera_without_power_is_lost_and_found_again(camera: gige_rig.FakeCamera) -> None:
-    source = open_source(uri())
+@pytest.mark.slow
+@pytest.mark.parametrize("trigger", ["off", "Line0"])
+def test_a_camera_without_power_is_lost_and_found_again(camera: gige_rig.FakeCamera, trigger: str) -> None:
+    source = open_source(uri(trigger=trigger))
     with source:
-        read(source)
+        if trigger == "off":
+            read(source)
         camera.kill()
         start_s = time.monotonic()
         with pytest.raises(SourceError, match="does not answer any more"):
@@ -188,7 +177,8 @@ def test_a_camera_without_power_is_lost_and_found_again(camera: gige_rig.FakeCam
     assert type(_refusal(source)) is SourceError
     camera.start()
     with source:
-        assert read(source).index == 0
+        if trigger == "off":
+            assert read(source).index == 0
     assert aravis.AravisSource.reconnects
 
 

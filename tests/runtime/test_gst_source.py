@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
-import threading
 import time
 
 import numpy as np
 import pytest
-from rigs import gst_rig, leaks
+from rigs import basler_rig, gst_rig, leaks
+from rigs.camera_checks import failure, woken_by_close
 
 from dapo_edge.errors import DependencyMissing, FrameTimeout, SourceError, SourceRefused
 from dapo_edge.kernels.pixels import PixelView
@@ -27,13 +28,6 @@ def gst() -> None:
 def frames(uri: str) -> list[Frame]:
     with open_source(uri) as source:
         return list(source)
-
-
-def failure(uri: str) -> SourceError:
-    with pytest.raises(SourceError) as caught, open_source(uri) as source:
-        source.read(2.0)
-    assert "\n" not in str(caught.value)
-    return caught.value
 
 
 @pytest.mark.usefixtures("gst")
@@ -127,15 +121,7 @@ def test_no_frame_in_time() -> None:
 def test_closing_wakes_a_reader_that_waits() -> None:
     source = open_source("gst://videotestsrc is-live=1 ! video/x-raw,framerate=1/5").open()
     source.read()
-    seen: list[object] = []
-    reader = threading.Thread(target=lambda: seen.append(source.read()))
-    reader.start()
-    time.sleep(0.2)
-    began_s = time.monotonic()
-    source.close()
-    reader.join(5)
-    assert seen == [None]
-    assert time.monotonic() - began_s < 1.0
+    assert woken_by_close(source) < 1.0
 
 
 @pytest.mark.usefixtures("gst")
@@ -252,3 +238,19 @@ def test_csi_addresses() -> None:
         error = failure(uri)
         assert isinstance(error, SourceRefused)
         assert words in str(error)
+
+
+@pytest.mark.usefixtures("gst")
+def test_a_camera_of_another_sdk_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its C++ exceptions are refusals, as ever: in a process of its own, because the order of loading matters."""
+    basler_rig.emulate(monkeypatch)
+    code = (
+        f"import sys; sys.path[:] = {[*sys.path, str(gst_rig.SYSTEM_PACKAGES)]!r}\n"
+        "from dapo_edge.errors import SourceRefused\n"
+        "from dapo_edge.runtime.sources import open_source\n"
+        "with open_source('gst://videotestsrc num-buffers=2') as source: source.read()\n"
+        f"try: open_source({basler_rig.uri(Width=99999)!r}).open()\n"
+        "except SourceRefused as error: print('refused')\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=False)
+    assert (run.returncode, run.stdout) == (0, b"refused\n"), run.stderr[-2000:]

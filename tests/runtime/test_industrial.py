@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
 from collections import deque
 from typing import Any
@@ -10,46 +12,10 @@ import numpy as np
 import pytest
 
 from dapo_edge.errors import FrameError, FrameTimeout, SourceError, SourceRefused
+from dapo_edge.runtime.sources import industrial
 from dapo_edge.runtime.sources.features import frame_rate, set_features, set_trigger, split_query
-from dapo_edge.runtime.sources.frame_ids import FrameIds, wall_clock
 from dapo_edge.runtime.sources.industrial import OPTIONS, Found, Grab, IndustrialSource, choose
 from dapo_edge.structures import Frame
-
-# --- frame ids and clocks ---
-
-
-def lost(*frame_ids: int | None) -> list[int]:
-    ids = FrameIds()
-    return [ids.lost_before(frame_id) for frame_id in frame_ids]
-
-
-@pytest.mark.parametrize(
-    ("frame_ids", "expected"),
-    [
-        ((1, 2, 3), [0, 0, 0]),
-        ((5, 7, 20), [0, 1, 12]),  # what was before the first frame is not our loss
-        ((65534, 65535, 1, 2), [0, 0, 0, 0]),  # GigE Vision has no block 0
-        ((65535, 0, 1), [0, 0, 0]),  # some cameras do
-        ((65530, 3), [0, 7]),  # lost over the wrap
-        ((65535, 65536, 65537), [0, 0, 0]),  # extended ids do not wrap
-        ((40000, 1, 2), [0, 0, 0]),  # the camera began anew
-        ((900, 1), [0, 0]),
-        ((0, 0, 0), [0, 0, 0]),  # no count at all
-        ((None, None), [0, 0]),
-        ((3, None, 9), [0, 0, 0]),
-    ],
-)
-def test_lost_frames_by_their_ids(frame_ids: tuple[int | None, ...], expected: list[int]) -> None:
-    assert lost(*frame_ids) == expected
-
-
-def test_a_cameras_clock_counts_only_as_time_of_day() -> None:
-    now_ns = time.time_ns()
-    assert wall_clock(now_ns - 20_000_000, now_ns) == now_ns - 20_000_000
-    assert wall_clock(86_400_000_000_000, now_ns) is None  # a day after it was switched on
-    assert wall_clock(now_ns - 37_000_000_000, now_ns) is None  # atomic time would be a lie of 37 s
-    assert wall_clock(None, now_ns) is None
-
 
 # --- features ---
 
@@ -157,6 +123,7 @@ class FakeCamera(IndustrialSource):
         self.nodes = FakeNodes(**features)
         self.queue: deque[Any] = deque()
         self.calls: list[str] = []
+        self.is_gone = False
 
     def _connect(self, name: str) -> FakeNodes:
         self.calls.append(f"connect {name}")
@@ -173,6 +140,11 @@ class FakeCamera(IndustrialSource):
             time.sleep(min(wait_s, 0.005))
             return None
         return self._deliver(entry)
+
+    def _check_alive(self) -> None:
+        self.calls.append("alive")
+        if self.is_gone:
+            raise SdkError("no answer")
 
     def _execute_trigger(self) -> None:
         self.calls.append("trigger")
@@ -309,6 +281,75 @@ def test_a_frame_that_comes_after_its_trigger_was_given_up_belongs_to_no_other()
         assert frame is not None
         assert (frame.index, frame.lost) == (1, 0)
         assert source.calls.count("trigger") == 2
+
+
+def test_an_unanswered_trigger_is_told_before_a_run_gives_the_camera_up() -> None:
+    for query, silence_s in (("", 3.0), ("&timeout=10", 11.0)):
+        with FakeCamera(f"fake://x?trigger=software{query}", **TRIGGER) as source:
+            assert source.properties.silence_s == silence_s
+    with FakeCamera("fake://x?trigger=Line1", **TRIGGER) as source:
+        assert source.properties.silence_s is None
+    with FakeCamera("fake://x?trigger=software&timeout=0.4", **TRIGGER) as source:
+        began_s, limit_s = time.monotonic(), source.properties.silence_s
+        with pytest.raises(FrameError, match="answered a software trigger with no frame"):
+            while True:
+                with contextlib.suppress(FrameTimeout):
+                    source.read(0.05)
+        assert limit_s is not None
+        assert 0.4 <= time.monotonic() - began_s < limit_s - 0.5
+
+
+def test_a_triggered_camera_is_asked_whether_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(industrial, "ALIVE_EVERY_S", 0.1)
+    with FakeCamera("fake://x?trigger=Line1", **TRIGGER) as source:
+        assert isinstance(source, FakeCamera)
+        with pytest.raises(FrameTimeout):
+            source.read(0.25)
+        assert source.calls.count("alive") == 2
+        source.queue += [grab() for _ in range(50)]
+        while source.queue:
+            source.read(1)
+        assert source.calls.count("alive") == 2  # whoever delivers is there
+        source.is_gone = True
+        with pytest.raises(SourceError, match=r"does not answer any more \(no answer\)") as caught:
+            source.read()
+        assert type(caught.value) is SourceError
+
+
+# --- closing while another thread opens ---
+
+
+def test_an_opening_that_is_no_longer_wanted_lets_go() -> None:
+    entered, go_on = threading.Event(), threading.Event()
+
+    class Slow(FakeCamera):
+        def _connect(self, name: str) -> FakeNodes:
+            entered.set()
+            go_on.wait(5)
+            return super()._connect(name)
+
+    source, errors = Slow("fake://x"), []
+
+    def open_it() -> None:
+        try:
+            source.open()
+        except SourceError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=open_it)
+    thread.start()
+    assert entered.wait(5)
+    began_s = time.monotonic()
+    source.close()
+    assert time.monotonic() - began_s < 1.0  # it does not wait
+    go_on.set()
+    thread.join(5)
+    assert len(errors) == 1
+    assert "was closed before it was open" in errors[0]
+    assert not source.is_open
+    assert source.calls[-1] == "disconnect"
+    with source:  # and may be opened again
+        assert source.is_open
 
 
 # --- choosing ---

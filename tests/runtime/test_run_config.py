@@ -43,12 +43,13 @@ def test_a_small_config_has_names_paths_and_defaults(tmp_path: Path) -> None:
     assert [(sink.kind, sink.name) for sink in config.sinks] == [("lines", "lines")]
     plan = config.cameras[0]
     assert (plan.name, plan.policy, plan.max_age_s, plan.queue, plan.views) == ("camera1", None, None, 4, None)
+    assert (plan.silence_s, plan.triggered) == (None, None)
 
 
 def test_a_full_config_becomes_plans(tmp_path: Path) -> None:
     source = {
         "name": "left", "uri": "synthetic://640x480", "policy": "newest", "max_age_ms": 250, "fps": 12.5, "frames": 9,
-        "queue": 2, "tiles": {"size": [128, 96], "overlap": 16},
+        "queue": 2, "tiles": {"size": [128, 96], "overlap": 16}, "silence_s": 30, "triggered": True,
         "regions": [{"box": [0, 0, 320, 200]}, {"name": "rim", "polygon": [[330, 10], [600, 10], [600, 300]]}],
     }  # fmt: skip
     sinks = [
@@ -59,6 +60,7 @@ def test_a_full_config_becomes_plans(tmp_path: Path) -> None:
     config = load(tmp_path, {**SMALL, "map_size": [320, 240], "sources": [source], "sinks": sinks})
     (plan,) = config.cameras
     assert (plan.policy, plan.max_age_s, plan.fps, plan.frames, plan.queue) == ("newest", 0.25, 12.5, 9, 2)
+    assert (plan.silence_s, plan.triggered) == (30.0, True)
     assert plan.views is not None
     assert (plan.views.tile, plan.views.overlap) == ((128, 96), 16)
     assert [region.name for region in plan.views.regions] == ["", "rim"]
@@ -77,6 +79,8 @@ def test_a_full_config_becomes_plans(tmp_path: Path) -> None:
         ({"max_age_ms": -1}, "'sources.0.max_age_ms' is -1"),
         ({"frames": 0}, "'sources.0.frames' is 0"),
         ({"queue": 0}, "'sources.0.queue' is 0"),
+        ({"silence_s": 0}, "'sources.0.silence_s' is 0: input should be greater than 0"),
+        ({"triggered": "often"}, "'sources.0.triggered' is 'often': input should be a valid boolean"),
         ({"policy": "latest"}, "'sources.0.policy' is 'latest': input should be 'wait' or 'newest'"),
         ({"name": "../x"}, "'sources.0.name' is '../x'"),
         ({"uri": ""}, "'sources.0.uri' is ''"),
@@ -120,6 +124,8 @@ def test_mistakes_of_a_source(tmp_path: Path, source: dict[str, Any], message: s
         ({"sinks": [{"kind": "pictures", "path": "x", "pth": 1}]}, "unknown key 'sinks.0.pth' (did you mean 'path'?)"),
         ({"sinks": [{"kind": "pictures", "path": "x", "only": []}]}, "'sinks.0.only'"),
         ({"sinks": [{"kind": "lines", "max_mb": 1}]}, "unknown key 'sinks.0.max_mb'"),
+        ({"sinks": [{"kind": "pictures", "path": "x", "keep": 0}]}, "'sinks.0.keep' is 0"),
+        ({"sinks": [{"kind": "pictures", "path": "x.mp4", "segment_s": 0}]}, "'sinks.0.segment_s' is 0"),
         (
             {"sinks": [{"kind": "jsonl", "path": "rtsp://u:geheim@cam/1"}]},
             "'sinks.0.path' is 'rtsp://***@cam/1': an address",
@@ -163,6 +169,61 @@ def test_every_mistake_is_listed_at_once_and_no_password(tmp_path: Path) -> None
     assert "geheim" not in text
 
 
+URI = "rtsp://admin:geheim@cam/1"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"- uri: {URI}\n   bad: [", "is not valid YAML: "),
+        ("- uri: rtsp://admin:ge: heim@cam/1", "mapping values are not allowed here (line 3, column"),
+        (f"- uri: '{URI}", "found unexpected end of stream (line 4, column 1)"),
+        ("- uri: *geheim", "found undefined alias (line 3, column"),
+        ("- uri: !geheim x", "could not determine a constructor for the tag (line 3, column"),
+        (f'- "{URI}": 1\n   "{URI}": 2', "the key *** is given twice (line 3, column"),
+        (f'- "{URI}": 1', "unknown key 'sources.0.***'"),
+        ("- rtsp://admin:ge: heim@cam/1", "unknown key 'sources.0.***'"),
+        (f"- {URI}", "'sources.0' is 'rtsp://***@cam/1'"),
+        (f"- [{URI}, {{uri: {URI}}}]", "'sources.0' is ['rtsp://***@cam/1', {'uri': 'rtsp://***@cam/1'}]"),
+        (f'- uri: "${{X-{URI}}}"', "'sources.0.uri' holds '${' without a name"),
+        (f'- "{URI}": "${{X"', "'sources.0.***' holds '${' without a name"),
+        (f'- name: "{URI}"\n   uri: a\n - name: "{URI}"\n   uri: b', "'sources.1.name' is 'rtsp://***@cam/1': so is"),
+        (f"- uri: a\nbackend: {URI}", "'backend' is 'rtsp://***@cam/1'"),
+        (f"- uri: a\nmap_size: {URI}", "'map_size' is 'rtsp://***@cam/1'"),
+        (f"- uri: a\nsinks: [{{kind: '{URI}'}}]", "'sinks.0.kind' is 'rtsp://***@cam/1'"),
+        (f"- uri: a\nsinks: [{{kind: jsonl, path: '{URI}'}}]", "'sinks.0.path' is 'rtsp://***@cam/1': an address"),
+        (f"- uri: a\nthresholds: {{image: '{URI}'}}", "'thresholds.image' is 'rtsp://***@cam/1'"),
+    ],
+)
+def test_no_mistake_in_a_config_prints_its_passwords(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "line.yaml").write_text(f"package: p\nsources:\n {text}\n")
+    with pytest.raises(RecipeError) as caught:
+        load_run_config(tmp_path / "line.yaml")
+    shown = str(caught.value)
+    assert message in shown
+    assert not {part for part in ("geheim", "heim@", ":ge") if part in shown}, shown
+
+
+@pytest.mark.parametrize(
+    ("settings", "environment", "message"),
+    [
+        (("sources.0.uri.x=1",), {}, "'sources.0.uri' is 'rtsp://***@cam/1', which has no 'x'"),
+        ((f"sources.0.{URI}=1",), {}, "--set sources.0.***"),
+        ((f"sources.0.uri:{URI}",), {}, "'--set sources.0.***' sets nothing"),
+        ((f"sources.{URI}=1",), {}, "'sources' is a list; '***' is no place in it"),
+        ((f"package={URI}",), {}, "'package' is 'rtsp://***@cam/1': an address, where a path is needed"),
+        ((), {"DAPO_EDGE_RUN__SOURCES__0__URI__X": URI}, "'sources.0.uri' is 'rtsp://***@cam/1', which has no 'x'"),
+        ((), {"DAPO_EDGE_RUN__SOURCES__0__FPS": URI}, "'sources.0.fps' is 'rtsp://***@cam/1'"),
+    ],
+)
+def test_no_mistake_in_a_change_prints_passwords(
+    tmp_path: Path, settings: tuple[str, ...], environment: dict[str, str], message: str
+) -> None:
+    text = mistakes(tmp_path, {"package": "p", "sources": [{"uri": URI}]}, environment, settings=settings)
+    assert message in text
+    assert "geheim" not in text
+
+
 def test_results_never_replace_what_is_read(tmp_path: Path) -> None:
     (tmp_path / "parts").mkdir()
     (tmp_path / "parts" / "a.png").touch()
@@ -200,7 +261,7 @@ def test_flag_over_environment_over_file(tmp_path: Path) -> None:
         2.0,
         "int8",
         0.5,
-        4.0,
+        3.5,
     )
     assert [(source.fps, source.queue) for source in config.sources] == [(None, 3), (5.0, 3), (None, 3)]
     assert (config.sources[1].name, config.sources[2].uri) == ("7", str(tmp_path / "more"))
@@ -310,6 +371,7 @@ def test_files_that_can_not_be_read(tmp_path: Path) -> None:
     for content, message in (
         (b"", "the run config .* holds no keys"),
         (b"a: [", "not valid YAML"),
+        (b"a: \x07", "character 4 is not allowed in YAML"),
         (b"\xff\xfe", "text"),
     ):
         (tmp_path / "line.yaml").write_bytes(content)

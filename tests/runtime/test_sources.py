@@ -16,7 +16,7 @@ from dapo_edge.errors import FrameError, SourceError
 from dapo_edge.runtime import sources
 from dapo_edge.runtime.sources import Properties, Source, open_source, redact
 from dapo_edge.runtime.sources.stills import FolderSource, ImageSource, natural_key
-from dapo_edge.runtime.sources.uri import path_of, split, uri_of
+from dapo_edge.runtime.sources.uri import path_of, redact_message, split, uri_of
 from dapo_edge.runtime.sources.video import VideoSource
 from dapo_edge.structures import Frame
 
@@ -220,6 +220,13 @@ def test_an_unknown_kind_names_the_nearest_and_all() -> None:
         ("rtsp://user:pa/ss?w@host/x", "rtsp://***@host/x"),
         ("RTSP://token@host/x", "RTSP://***@host/x"),
         ("http://host/x?user=a&password=b;c&n=1", "http://host/x?user=***&password=***;c&n=1"),
+        ("http://h/x?access_token=a&api_key=b&n=1", "http://h/x?access_token=***&api_key=***&n=1"),
+        ("http://h/x?loginuse=a&loginpas=b&usr=c&psw=d", "http://h/x?loginuse=***&loginpas=***&usr=***&psw=***"),
+        ("http://h/x?auth=a&UserPwd=b&PW=c;signature=d", "http://h/x?auth=***&UserPwd=***&PW=***;signature=***"),
+        ("rtsp://h/user=a_password=b_channel=1_stream=0.sdp?x", "rtsp://h/user=***_channel=1_stream=0.sdp?x"),
+        ("rtsp://h/user=a&password=b&channel=1", "rtsp://h/user=***&password=***&channel=1"),
+        ("basler://1?UserSetSelector=Default&Width=8", "basler://1?UserSetSelector=Default&Width=8"),
+        ("file:///data/user=1/a.mp4", "file:///data/user=1/a.mp4"),
         ("rtsp:/user:pw@host/x", "***@host/x"),
         ("user:pw@host", "***@host"),
         ("rtsp://host:554/x", "rtsp://host:554/x"),
@@ -231,6 +238,41 @@ def test_an_unknown_kind_names_the_nearest_and_all() -> None:
 def test_redact(uri: str, shown: str) -> None:
     assert redact(uri) == shown
     assert redact(shown) == shown
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ('gst://a extra-headers="h,Authorization=(string)\\"Bearer hush\\"" ! b', "gst://a extra-headers=*** ! b"),
+        ('gst://a extra-headers=h,Authorization=(string)"Bearer hush" ! b', "gst://a extra-headers=*** ! b"),
+        ("gst://a location=http://h/x?access_token=hush ! b", "gst://a location=http://h/x?access_token=*** ! b"),
+        ("gst://x264enc key-int-max=3 ! b", "gst://x264enc key-int-max=3 ! b"),
+    ],
+)
+def test_redacted_pipelines(uri: str, shown: str) -> None:
+    assert redact(uri) == shown
+    assert redact(shown) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("'rtsp://me:hush@h/x' can't be opened", "'rtsp://***@h/x' can't be opened"),
+        ("[rtsp://me:hu@sh@h/x] and 'me:hush@h'", "[rtsp://***@h/x] and '***@h'"),
+        ("'http://h/x?token=hush' is gone; password=hush too", "'http://h/x?token=***' is gone; password=*** too"),
+        ("'rtsp://h/user=a_password=hush_channel=1' can't", "'rtsp://h/user=***_channel=1' can't"),
+        ("gst://a%20location%3Drtsp%3A%2F%2Fme%3Ahush%40h", "gst://a location=rtsp://***@h"),
+        ("Write rtsp://user:password@host/path", "Write rtsp://user:password@host/path"),
+        (
+            "'synthetic://64x64@30' at 10:30, 'image:///a:b@c.png'",
+            "'synthetic://64x64@30' at 10:30, 'image:///a:b@c.png'",
+        ),
+        ("'/data/a:b@c.png' and sources.0.fps=10, see a@b", "'/data/a:b@c.png' and sources.0.fps=10, see a@b"),
+    ],
+)
+def test_messages_are_redacted(text: str, shown: str) -> None:
+    assert redact_message(text) == shown
+    assert redact_message(shown) == shown
 
 
 def test_passwords_are_in_no_message() -> None:

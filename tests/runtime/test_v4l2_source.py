@@ -6,7 +6,6 @@ import errno
 import gc
 import json
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from rigs import leaks, v4l2_guest
+from rigs import camera_checks, leaks, v4l2_guest
+from rigs.camera_checks import woken_by_close
 from rigs.fake_v4l2 import Driver, Shot
 from rigs.v4l2_checks import FOURCCS, MARK
 
@@ -48,10 +48,7 @@ def frames(count: int, uri: str = URI) -> list[Frame]:
 
 
 def failure(uri: str = URI) -> SourceError:
-    with pytest.raises(SourceError) as caught, open_source(uri) as source:
-        source.read(0.1)
-    assert "\n" not in str(caught.value)
-    return caught.value
+    return camera_checks.failure(uri, wait_s=0.1)
 
 
 def test_frames_and_what_was_lost_between_them(driver: Driver) -> None:
@@ -62,6 +59,14 @@ def test_frames_and_what_was_lost_between_them(driver: Driver) -> None:
     assert [int(frame.image[5, 5, 1]) for frame in taken] == [254, 255, 3, 4]
     assert all(frame.image.shape == (24, 32, 3) for frame in taken)
     assert driver.opened == 0
+
+
+@pytest.mark.parametrize("sequences", [(5000, 0, 1), (0, 0, 0), (9, 2**31, 2**31 + 1), (0, 20_000, 20_001)])
+def test_a_counter_that_is_set_anew_or_stands_still_has_lost_nothing(
+    driver: Driver, sequences: tuple[int, ...]
+) -> None:
+    shots(driver, *sequences)
+    assert [frame.lost for frame in frames(3)] == [0, 0, 0]
 
 
 def test_what_was_lost_before_a_damaged_frame_is_not_forgotten(driver: Driver) -> None:
@@ -111,14 +116,7 @@ def test_no_frame_in_time(driver: Driver) -> None:
 
 
 def test_closing_wakes_a_reader_that_waits(driver: Driver) -> None:
-    source = open_source(URI).open()
-    seen: list[object] = []
-    reader = threading.Thread(target=lambda: seen.append(source.read()))
-    reader.start()
-    time.sleep(0.1)
-    source.close()
-    reader.join(5)
-    assert seen == [None]
+    assert woken_by_close(open_source(URI).open()) < 1.0
 
 
 def test_what_the_camera_does_not_give_is_refused(driver: Driver) -> None:
@@ -247,6 +245,10 @@ def test_jpeg_is_decoded_when_it_is_whole() -> None:
     given = form("MJPG", 64, 48, 0)
     assert np.abs(picture(data, given).astype(int) - shown).max() <= 3
     assert picture(data + b"\0" * 999, given) is not None  # as drivers fill their buffers up
+    for zeros in (4094, 4095, 4096, 4097, 8191, 100_000):  # wherever the end lies in the pieces that are looked at
+        assert picture(data + b"\0" * zeros, given) is not None
+        assert picture(data[:-1] + b"\0" * zeros, given) is None
+        assert picture(data[:-2] + b"\0" * zeros, given) is None
     assert picture(data[: len(data) // 2], given) is None
     assert picture(b"\0" * 99, given) is None
     assert picture(b"nothing\xff\xd9", given) is None

@@ -72,10 +72,13 @@ class AravisSource(IndustrialSource):
             self._stream.push_buffer(aravis.Buffer.new_allocate(payload))
         self._camera.start_acquisition()
 
-    def _poll(self, wait_s: float) -> Frame | None:
+    def _check_alive(self) -> None:
+        # Set by Aravis' own heartbeat, which goes on whether frames come or not.
         if self._control_lost.is_set():
             cause = f"the camera of '{self.uri}' does not answer any more"
             raise SourceError(cause, "Check cable, power and network; it is opened again when it is back")
+
+    def _poll(self, wait_s: float) -> Frame | None:
         # A wait of 0 would mean a millennium in this call.
         buffer = self._stream.timeout_pop_buffer(max(1, round(wait_s * 1e6)))
         if buffer is None:

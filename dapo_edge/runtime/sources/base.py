@@ -7,6 +7,7 @@ What is wrong with the URI itself shows when it is opened, as `SourceRefused`, b
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from types import TracebackType
@@ -28,6 +29,7 @@ class Properties:
     length: int | None = None  # frames; None also for a source without end
     live: bool = False  # frames come at their own pace, whether they are read or not
     triggered: bool = False  # frames come when something happens on the line: silence is no fault
+    silence_s: float | None = None  # how long it may give nothing before that is a fault; None: the run's own limit
 
 
 class Source(ABC):
@@ -41,6 +43,8 @@ class Source(ABC):
         self._full_uri = uri  # with credentials: never print it
         self._properties: Properties | None = None
         self._ended = False
+        self._opening = threading.Lock()  # held for the moments in which an opening begins, succeeds or is given up
+        self._given_up = False
 
     @property
     def is_open(self) -> bool:
@@ -55,11 +59,17 @@ class Source(ABC):
         return self._properties
 
     def open(self) -> Source:
-        """Get ready to read from the first frame; does nothing when already open."""
+        """Get ready to read from the first frame; does nothing when already open.
+
+        `close` from another thread meanwhile gives it up: a `SourceError`, as soon as the camera's library comes back.
+        """
         if self._properties is None:
-            self._ended = False
+            self._ended = self._given_up = False
             try:
-                self._properties = self._open()
+                properties = self._open()
+                with self._opening:
+                    self._check_wanted()
+                    self._properties = properties
             except BaseException:
                 self._close()
                 raise
@@ -84,9 +94,11 @@ class Source(ABC):
         return frame
 
     def close(self) -> None:
-        """Let go of the device or file. Safe to call twice, and before `open`."""
-        if self._properties is not None:
-            self._properties = None
+        """Let go of the device or file. Safe to call twice, and before `open`; it never waits for an opening."""
+        with self._opening:
+            self._given_up = True
+            was_open, self._properties = self._properties is not None, None
+        if was_open:
             self._close()
 
     def __enter__(self) -> Source:
@@ -117,6 +129,11 @@ class Source(ABC):
         if address is None:
             raise SourceError(f"'{self.uri}' is not a URI", "Use open_source(), which also takes plain paths")
         return address
+
+    def _check_wanted(self) -> None:
+        """For openings that wait for something: raise `SourceError` once `close` was called."""
+        if self._given_up:
+            raise SourceError(f"'{self.uri}' was closed before it was open", "Open it again")
 
     @abstractmethod
     def _open(self) -> Properties:

@@ -21,7 +21,7 @@ from dapo_edge.runtime.sources.industrial import OPTIONS, Found, Grab, Industria
 from dapo_edge.runtime.sources.uri import Option
 from dapo_edge.structures import Frame
 
-TRIGGER_READY_MS = 1000
+TRIGGER_READY_MS = 200  # a read asks again
 
 
 def _strategy(text: str) -> str:
@@ -71,13 +71,16 @@ class BaslerSource(IndustrialSource):
         pylon = require("pypylon.pylon")
         result = self._camera.RetrieveResult(round(wait_s * 1000), pylon.TimeoutHandling_Return)
         try:
-            # The flag, because a removed camera may go on delivering, or just fall silent.
-            if self._camera.IsCameraDeviceRemoved():
-                remedy = "Check cable and power; it is opened again when it is back"
-                raise SourceError(f"the camera of '{self.uri}' was removed", remedy)
+            self._check_alive()  # with each frame, because a removed camera may go on delivering
             return self._deliver(self._grab(result)) if result.IsValid() else None
         finally:
             result.Release()
+
+    def _check_alive(self) -> None:
+        # Set by pylon's own heartbeat, which goes on whether frames come or not.
+        if self._camera.IsCameraDeviceRemoved():
+            remedy = "Check cable and power; it is opened again when it is back"
+            raise SourceError(f"the camera of '{self.uri}' was removed", remedy)
 
     def _grab(self, result: Any) -> Grab:
         frame_id, skipped = result.BlockID, result.NumberOfSkippedImages

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,14 +13,15 @@ import numpy as np
 from dapo_edge.errors import SourceError, SourceRefused
 from dapo_edge.extras import require
 from dapo_edge.runtime.sources.features import GenApiNodes, Nodes, reason_of
-from dapo_edge.runtime.sources.gentl import LOCK, Producer, producer_paths, text_of
+from dapo_edge.runtime.sources.gentl import Producer, producer_paths, text_of
 from dapo_edge.runtime.sources.industrial import OPTIONS, Found, Grab, IndustrialSource, choose
 from dapo_edge.runtime.sources.uri import Option
 from dapo_edge.structures import Frame
 
 POLL_S = 0.001  # waiting inside genicam would hold Python's lock; a look costs 50 us, so 5 % of a core
 IMAGE, CHUNK_DATA, MULTI_PART = 1, 4, 10  # PAYLOADTYPE_INFO_IDS of the GenTL standard
-_NAMES = ("serial_number", "id_", "user_defined_name", "display_name")
+_Named = tuple[Found, tuple[str, ...]]  # a camera, and all the names that it goes by
+_NAME_KEYS = ("serial_number", "id_", "user_defined_name", "display_name")
 
 
 class GenicamSource(IndustrialSource):
@@ -38,33 +38,40 @@ class GenicamSource(IndustrialSource):
         self._producer: Producer | None = None
         self._camera: Any = None
         self._events: Any = None
+        self._pulse: Any = None  # a feature to read, to see whether the camera answers
 
     def _connect(self, name: str) -> Nodes:
         require("harvesters")
         gentl = require("genicam.gentl")
         given = self._options.get("cti")
+        paths = producer_paths([given] if given else [])
+        path = paths[0] if len(paths) == 1 else self._producer_of(name, paths)
+        self._producer = Producer.acquire(path)
         try:
-            with LOCK:
-                self._producer, device = self._find(name, producer_paths([given] if given else []))
-                self._camera = self._producer.open(device)
+            with self._producer.lock:
+                devices = self._producer.devices()
+                self._camera = self._producer.open(devices[self._choice(name, _named(devices, path))])
         except (gentl.ResourceInUseException, gentl.AccessDeniedException) as error:
             cause = f"the camera of '{self.uri}' is in use, here or by another program ({reason_of(error)})"
             remedy = "Close it; where a program was killed, the camera gets free after its heartbeat of some seconds"
             raise SourceError(cause, remedy) from error
-        return genapi_nodes(self._camera.remote_device.node_map)
+        node_map = self._camera.remote_device.node_map
+        self._pulse = node_map.get_node("Width") if node_map.has_node("Width") else None
+        return genapi_nodes(node_map)
 
-    def _find(self, name: str, paths: list[Path]) -> tuple[Producer, Any]:
-        """The camera's producer, acquired, and its `DeviceInfo`."""
-        with contextlib.ExitStack() as others:
-            seen = []
-            for path in paths:
-                producer = Producer.acquire(path)
-                others.callback(producer.release)
-                seen += [(producer, device) for device in producer.devices()]
-            found = [_describe(device, producer.path, []) for producer, device in seen]
-            keys = [tuple(text_of(device, key) for key in _NAMES) for _, device in seen]
-            producer, device = seen[choose(found, name, keys, self.uri)]
-            return Producer.acquire(producer.path), device
+    def _check_alive(self) -> None:
+        # Past the cache of features, so that the camera has to answer. Where it does not, Python stands still for as
+        # long as its producer waits: once, because then it is lost.
+        if self._pulse is not None:
+            self._pulse.get_value(ignore_cache=True)
+
+    def _producer_of(self, name: str, paths: list[Path]) -> Path:
+        """Of several producers, the one that has the camera."""
+        named = [(path, camera) for path in paths for camera in _asked(path)]
+        return named[self._choice(name, [camera for _, camera in named])][0]
+
+    def _choice(self, name: str, named: list[_Named]) -> int:
+        return choose([found for found, _ in named], name, [names for _, names in named], self.uri)
 
     def _start(self, buffers: int) -> None:
         self._camera.num_buffers = max(buffers, self._camera.min_num_buffers)
@@ -115,7 +122,7 @@ class GenicamSource(IndustrialSource):
 
     def _disconnect(self) -> None:
         producer, camera = self._producer, self._camera
-        self._producer = self._camera = self._events = None
+        self._producer = self._camera = self._events = self._pulse = None
         if producer is None:
             return
         try:
@@ -146,15 +153,21 @@ def find_cameras(given: Iterable[Path] = ()) -> list[Found]:
     Raises `DependencyMissing`, `SourceRefused` (no producer) and `SourceError`.
     """
     require("harvesters")
-    found = []
-    for path in producer_paths(given):
-        producer = Producer.acquire(path)
-        try:
-            devices = producer.devices()
-            found += [_describe(device, path, devices) for device in devices]
-        finally:
-            producer.release()
-    return found
+    return [found for path in producer_paths(given) for found, _ in _asked(path)]
+
+
+def _asked(path: Path) -> list[_Named]:
+    """The cameras of a producer."""
+    producer = Producer.acquire(path)
+    try:
+        with producer.lock:
+            return _named(producer.devices(), path)
+    finally:
+        producer.release()
+
+
+def _named(devices: list[Any], path: Path) -> list[_Named]:
+    return [(_describe(device, path, devices), tuple(text_of(device, key) for key in _NAME_KEYS)) for device in devices]
 
 
 def _describe(device: Any, path: Path, all_devices: list[Any]) -> Found:

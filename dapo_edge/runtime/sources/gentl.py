@@ -24,8 +24,8 @@ from dapo_edge.extras import require
 
 PATH_VARIABLE = "GENICAM_GENTL64_PATH"  # by the GenTL standard: folders that hold producers
 DISCOVERY_MS = 300  # an interface's cameras answer within this; Python stands still for as long as it takes
-LOCK = threading.RLock()  # while something is found, opened or closed; finding makes what was found before invalid
 _PRODUCERS: dict[Path, Producer] = {}
+_REGISTRY = threading.Lock()  # of _PRODUCERS: never held while a producer does anything
 
 
 def producer_paths(given: Iterable[Path] = ()) -> list[Path]:
@@ -66,43 +66,56 @@ def _harvesters() -> Any:
 
 
 class Producer:
-    """A loaded .cti, shared by all who `acquire` it until the last one calls `release`."""
+    """A .cti, loaded while somebody has it: shared by all who `acquire` it until the last one calls `release`.
+
+    `lock` is held while a camera is found, opened or closed. Each producer has its own, so that one whose driver waits
+    for a network holds up its own cameras only.
+    """
 
     def __init__(self, path: Path) -> None:
-        core = _harvesters()
-        quiet = logging.getLogger("dapo_edge.harvesters")
-        quiet.disabled = True
         self.path = path
+        self.lock = threading.RLock()
         self._users = 0
         self._open: list[Any] = []
-        key = core.ParameterKey
-        periods = {key.LOGGER: quiet, key.TIMEOUT_PERIOD_ON_MODULE_ENUMERATION: DISCOVERY_MS}
-        self._harvester = core.Harvester(config=core.ParameterSet(periods))
-        self._harvester.add_file(str(path))
+        self._harvester: Any = None
 
     @classmethod
     def acquire(cls, path: Path) -> Producer:
         """The producer at `path`. Raises `SourceRefused` and `DependencyMissing`."""
-        with LOCK:
-            path = path.absolute()
-            if path not in _PRODUCERS:
-                _check(path)
-                _PRODUCERS[path] = cls(path)
-            producer = _PRODUCERS[path]
+        path = path.absolute()
+        with _REGISTRY:
+            producer = _PRODUCERS.setdefault(path, cls(path))
+        with producer.lock:
+            if producer._harvester is None:
+                producer._harvester = producer._loaded()
             producer._users += 1
-            return producer
+        return producer
+
+    def _loaded(self) -> Any:
+        _check(self.path)
+        core = _harvesters()
+        quiet = logging.getLogger("dapo_edge.harvesters")
+        quiet.disabled = True
+        key = core.ParameterKey
+        periods = {key.LOGGER: quiet, key.TIMEOUT_PERIOD_ON_MODULE_ENUMERATION: DISCOVERY_MS}
+        harvester = core.Harvester(config=core.ParameterSet(periods))
+        harvester.add_file(str(self.path))
+        return harvester
 
     def release(self) -> None:
         """Say that it is no longer needed; the last one unloads it."""
-        with LOCK:
+        with self.lock:
             self._users -= 1
             if not self._users:
-                del _PRODUCERS[self.path]
-                self._harvester.reset()
+                harvester, self._harvester = self._harvester, None
+                harvester.reset()
 
     def devices(self) -> list[Any]:
-        """The cameras that it reaches now, in use or not: harvesters' `DeviceInfo`."""
-        with LOCK:
+        """The cameras that it reaches now, in use or not: harvesters' `DeviceInfo`, valid until they are asked again.
+
+        Whoever opens one holds `lock` from here on.
+        """
+        with self.lock:
             harvester = self._harvester
             if not self._open:
                 harvester.update()
@@ -122,12 +135,9 @@ class Producer:
         return found
 
     def open(self, device: Any) -> Any:
-        """A camera of `devices`, exclusively: harvesters' `ImageAcquirer`. Raises genicam's exceptions.
-
-        Whoever calls has held `LOCK` since `devices`.
-        """
+        """A camera of `devices`, exclusively: harvesters' `ImageAcquirer`. Raises genicam's exceptions."""
         core = _harvesters()
-        with LOCK:
+        with self.lock:
             handler = signal.getsignal(signal.SIGINT)
             config = core.ParameterSet({core.ParameterKey.ENABLE_AUTO_CHUNK_DATA_UPDATE: False})
             try:
@@ -140,7 +150,7 @@ class Producer:
 
     def close(self, camera: Any) -> None:
         """Stop a camera and give it free."""
-        with LOCK:
+        with self.lock:
             self._open.remove(camera)
             try:
                 camera.destroy()

@@ -6,6 +6,8 @@ copied once, from GStreamer's buffer into one of ours, so that a frame that is h
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import re
 import time
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from dapo_edge.errors import DependencyMissing, FrameError, FrameTimeout, Source
 from dapo_edge.extras import require, system_remedy
 from dapo_edge.runtime.buffers import BufferPool
 from dapo_edge.runtime.sources.base import Properties, Source
+from dapo_edge.runtime.sources.frame_ids import lost_between
 from dapo_edge.runtime.sources.gst_caps import CAPS, NotTaken, Stream, stream_of
 from dapo_edge.runtime.sources.uri import number, one_of, options, pipeline_of, redact_pipeline, secrets_of, whole
 from dapo_edge.structures import MAX_PIXELS, MIN_SIDE_PX, Frame
@@ -191,7 +194,7 @@ class GstSource(Source):
         if buffer.offset == NO_NUMBER or buffer.offset_end != buffer.offset + 1:
             return 0
         self._number = buffer.offset
-        return max(0, buffer.offset - before - 1) if before is not None else 0
+        return 0 if before is None else lost_between(before, buffer.offset, 2**64)
 
     def _damaged(self, what: str, index: int) -> FrameError:
         error = FrameError(f"frame {index} of '{self.uri}' {what}", "Check the camera's cable and its bandwidth")
@@ -228,6 +231,10 @@ class GstSource(Source):
 
 
 def _gstreamer() -> _Modules:
+    # GStreamer brings libunwind, whose symbols take the place of the compiler's own: then the first C++ exception of a
+    # camera's SDK that is loaded later ends the process. Whoever comes first is used, so the compiler's comes first.
+    with contextlib.suppress(OSError):  # another system's compiler
+        ctypes.CDLL("libgcc_s.so.1", mode=ctypes.RTLD_GLOBAL)
     gi = require("gi")
     try:
         for name in ("Gst", "GstApp", "GstVideo"):

@@ -61,6 +61,8 @@ OPTIONS = {
     "buffers": Option(_count, "how many frames the driver may hold until they are read, 1 to 1000"),
 }
 DEFAULT_TIMEOUT_S = 2.0
+SLACK_S = 1.0  # between an unanswered software trigger, which is a failed frame, and a camera that hangs
+ALIVE_EVERY_S = 1.0  # between two looks whether a silent camera is still there
 DEFAULT_BUFFERS = 8
 
 
@@ -108,6 +110,7 @@ class IndustrialSource(Source):
         self._index = 0
         self._lost = 0  # before frames that failed, to be told with the next good one
         self._due_s: float | None = None  # until when the frame of the last software trigger must come
+        self._alive_s = time.monotonic()  # when it was last known to be there
         self._is_late = False  # it did not, so it may still come as if it belonged to the next trigger
         self.has_camera_clock = False  # timestamps are the camera's own time of day
 
@@ -136,7 +139,13 @@ class IndustrialSource(Source):
             fps=frame_rate(nodes) if free_running else None,
             live=self._trigger != "software",
             triggered=self._trigger == "hardware",
+            silence_s=self._answer_s + SLACK_S if self._trigger == "software" else None,
         )
+
+    @property
+    def _answer_s(self) -> float:
+        """Within which a frame must follow a software trigger."""
+        return float(self._options.get("timeout", DEFAULT_TIMEOUT_S))
 
     def _read(self, timeout_s: float | None) -> Frame | None:
         with self._lock:
@@ -150,17 +159,26 @@ class IndustrialSource(Source):
                 if frame is not None:
                     return frame
                 self._check_due()
+                self._look_after()
                 if end_s is not None and time.monotonic() >= end_s:
                     cause = f"the camera of '{self.uri}' gave no frame within {timeout_s:g} s"
                     raise FrameTimeout(cause, "Check its trigger, exposure time, cable and network")
         return None
+
+    def _look_after(self) -> None:
+        """A triggered camera may be silent for days, so it is asked now and then whether it is still there."""
+        now_s = time.monotonic()
+        if now_s - self._alive_s >= ALIVE_EVERY_S:
+            with self._sdk("does not answer any more"):
+                self._check_alive()
+            self._alive_s = now_s
 
     def _fire(self) -> None:
         if self._is_late:
             self._drop_late()
         with self._sdk("can't be triggered"):
             self._execute_trigger()
-        self._due_s = time.monotonic() + self._options.get("timeout", DEFAULT_TIMEOUT_S)
+        self._due_s = time.monotonic() + self._answer_s
 
     def _drop_late(self) -> None:
         """Throw away what came after its trigger was given up: it has been counted as failed, and is an old picture."""
@@ -181,10 +199,10 @@ class IndustrialSource(Source):
     def _deliver(self, grab: Grab) -> Frame:
         """The frame of a buffer, in memory of its own. Raises `FrameError`."""
         arrived_s, now_ns = time.monotonic(), time.time_ns()
-        self._due_s = None
+        self._due_s, self._alive_s = None, arrived_s
         index, self._index = self._index, self._index + 1
         # A camera's ids jump over what its SDK skipped, if it has ids.
-        self._lost += max(grab.skipped, self._ids.lost_before(grab.frame_id))
+        self._lost += max(grab.skipped, self._ids.lost_before(grab.frame_id, failed=bool(grab.failed)))
         try:
             if grab.failed:
                 cause = f"frame {index} of '{self.uri}' is incomplete ({grab.failed})"
@@ -223,6 +241,10 @@ class IndustrialSource(Source):
     @abstractmethod
     def _poll(self, wait_s: float) -> Frame | None:
         """The next frame by `_deliver`, its buffer given back; None: none came in time."""
+
+    @abstractmethod
+    def _check_alive(self) -> None:
+        """Raise `SourceError`, or what `_sdk_errors` says, when the camera is gone. Called about once a second."""
 
     @abstractmethod
     def _execute_trigger(self) -> None:

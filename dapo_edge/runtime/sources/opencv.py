@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 FFMPEG_OPTIONS = "OPENCV_FFMPEG_CAPTURE_OPTIONS"
+LOOK_UP_S = 0.1
 
 
 class _QuietLog:
@@ -37,45 +37,31 @@ class _QuietLog:
 
 
 class _FfmpegOptions:
-    """The variable that FFmpeg's options are read from, while a capture opens.
+    """The variable that FFmpeg's options are read from, for one opening after the other.
 
-    Openings with equal options go side by side, so that a camera which does not answer delays no other one; different
-    ones take turns.
+    More at a time would gain nothing: inside OpenCV they wait for a lock of the whole process, where nothing can call
+    them back. What is opened here must be known to answer. A camera that falls silent right then holds up the
+    openings behind it, for as long as its own limit; frames of open sources come all the same.
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._queue: deque[object] = deque()  # whoever wants to open something, first come, first served
-        self._users = 0
-        self._options: str | None = None
-        self._before: str | None = None
+        self._turn = threading.Lock()
 
     @contextmanager
-    def __call__(self, options: str | None) -> Iterator[None]:
-        self._enter(options)
+    def __call__(self, options: str | None, check_wanted: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """`check_wanted` is called now and then while this waits, and before it goes on; what it raises ends it."""
+        while not self._turn.acquire(timeout=LOOK_UP_S):
+            check_wanted()
         try:
-            yield
-        finally:
-            with self._changed:
-                self._users -= 1
-                if not self._users:
-                    _set_variable(self._before)
-                self._changed.notify_all()
-
-    def _enter(self, options: str | None) -> None:
-        turn = object()
-        with self._changed:
-            self._queue.append(turn)
+            check_wanted()
+            before = os.environ.get(FFMPEG_OPTIONS)
+            _set_variable(before if options is None else options)
             try:
-                self._changed.wait_for(lambda: self._queue[0] is turn and (not self._users or self._options == options))
+                yield
             finally:
-                self._queue.remove(turn)
-                self._changed.notify_all()
-            if not self._users:
-                self._options, self._before = options, os.environ.get(FFMPEG_OPTIONS)
-                if options is not None:
-                    _set_variable(options)
-            self._users += 1
+                _set_variable(before)
+        finally:
+            self._turn.release()
 
 
 def _set_variable(text: str | None) -> None:

@@ -3,6 +3,8 @@
 What is not obvious, each measured with OpenCV 5.0 and gst-rtsp-server:
 - FFmpeg's `nobuffer`, which is often advised, throws away the key frame that it found while opening; the next one may
   come later than any time limit. Little probing and a decoder with one thread leave one frame of delay without it.
+- OpenCV opens one stream at a time, all others of the process wait: so a camera is asked first whether it answers, and
+  only one that falls silent between that and its first frame can hold up others, for its `dapo.open_timeout_s`.
 - A camera that falls silent costs one `dapo.read_timeout_s`, because a read that took longer ends this opening.
 - OpenCV scales the frames of H.264 and H.265 to the size they had at first; those of MJPEG come in their new size.
 - What UDP loses, the decoder paints over, and nobody can tell: keep TCP where pictures are judged.
@@ -21,7 +23,7 @@ from dapo_edge.extras import require
 from dapo_edge.runtime.buffers import BufferPool
 from dapo_edge.runtime.sources.base import Properties, Source
 from dapo_edge.runtime.sources.opencv import ffmpeg_options, quiet
-from dapo_edge.runtime.sources.rtsp_probe import why_it_fails
+from dapo_edge.runtime.sources.rtsp_probe import describing, silent
 from dapo_edge.runtime.sources.uri import number, one_of, options
 from dapo_edge.structures import MAX_PIXELS, MIN_SIDE_PX, Frame
 
@@ -81,13 +83,13 @@ class RtspSource(Source):
         if settings.latency == "low":
             limits += [cv2.CAP_PROP_N_THREADS, 1]
             ffmpeg += LOW_LATENCY
-        began_s = time.monotonic()
-        with quiet(cv2), ffmpeg_options(ffmpeg):
-            waited_s = time.monotonic() - began_s
-            self._capture = cv2.VideoCapture(camera_uri, cv2.CAP_FFMPEG, limits)
-        if not self._capture.isOpened():
-            left_s = settings.open_timeout_s - (time.monotonic() - began_s - waited_s)
-            raise why_it_fails(camera_uri, self.uri, left_s)
+        with describing(camera_uri, self.uri, settings.open_timeout_s) as failure:
+            with ffmpeg_options(ffmpeg, self._check_wanted), quiet(cv2):
+                began_s = time.monotonic()
+                self._capture = cv2.VideoCapture(camera_uri, cv2.CAP_FFMPEG, limits)
+            if not self._capture.isOpened():
+                timed_out = time.monotonic() - began_s >= settings.open_timeout_s
+                raise silent(self.uri) if timed_out else failure
         self._index, self._silent, self._shape = 0, False, ()
         return self._announced(cv2)
 

@@ -1,7 +1,8 @@
-"""Why an RTSP stream can't be opened: FFmpeg tells its own stderr only, so the camera is asked again.
+"""Whether an RTSP camera answers, and why it says no: asked before FFmpeg opens its stream.
 
-One DESCRIBE request, RFC 2326, and when it is refused a second one with the credentials, RFC 2617. Nothing that is
-raised here holds a user name or a password.
+FFmpeg tells its reasons to stderr only, and inside OpenCV all openings of the process wait for one that hangs. So one
+DESCRIBE request, RFC 2326, and when it is refused a second one with the credentials, RFC 2617. Nothing that is raised
+here holds a user name or a password.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ import io
 import secrets
 import socket
 import ssl
+import time
 from base64 import b64encode
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from email.message import Message
 from urllib.parse import SplitResult, unquote, urlsplit
@@ -21,7 +25,6 @@ from urllib.request import parse_http_list, parse_keqv_list
 from dapo_edge.errors import SourceError, SourceRefused
 
 DEFAULT_PORTS = {"rtsp": 554, "rtsps": 322}
-LEAST_S = 0.5  # for the answer, where opening used up nearly all of its time
 ENCODE = "special characters of a password are percent-encoded, as in %40 for @"
 CAUSES = {
     403: ("forbids the access", "Allow this user the stream"),
@@ -39,31 +42,45 @@ class _Answer:
     headers: Message
 
 
-def why_it_fails(uri: str, shown: str, left_s: float) -> SourceError:
-    """What keeps `uri` from being opened; `shown` is what may be printed of it. Takes `left_s` seconds, or a bit more.
+@contextmanager
+def describing(uri: str, shown: str, limit_s: float) -> Iterator[SourceError]:
+    """Ask the camera at `uri` for its stream, for `limit_s` seconds at most; `shown` is what may be printed of `uri`.
 
-    `SourceRefused` where trying again is no use.
+    Gives what to say when FFmpeg can't open it all the same. Raises `SourceError` where FFmpeg need not try, because
+    nothing answers or the camera says no; `SourceRefused` where trying again is no use. Stays connected meanwhile: some
+    servers refuse a viewer while they clear up after the one before.
     """
-    silent = SourceError(f"'{shown}' does not answer in time", "Check the camera and its network")
-    if left_s <= 0:
-        return silent
+    with ExitStack() as connected:
+        yield _asked(uri, shown, time.monotonic() + limit_s, connected)
+
+
+def _asked(uri: str, shown: str, until_s: float, connected: ExitStack) -> SourceError:
     try:
         address = urlsplit(uri)
         host, port = address.hostname, address.port or DEFAULT_PORTS[address.scheme]
         if not host:
             raise ValueError("no host")
     except ValueError:
-        return SourceRefused(f"'{shown}' names no host and port", f"Write rtsp://host:554/path; {ENCODE}")
+        raise SourceRefused(f"'{shown}' names no host and port", f"Write rtsp://host:554/path; {ENCODE}") from None
     try:
-        with socket.create_connection((host, port), timeout=max(left_s, LEAST_S)) as plain:
-            return _judge(_asked(_secured(plain, address), address, port), address, shown)
+        plain = connected.enter_context(socket.create_connection((host, port), timeout=_left_s(until_s)))
+        plain.settimeout(_left_s(until_s))
+        connection = connected.enter_context(_secured(plain, address))
+        answer = _answered(connection, address, port, until_s)
     except TimeoutError:
-        return silent
+        raise silent(shown) from None
     except ssl.SSLError as error:
         return SourceError(f"'{shown}' does not speak TLS ({error.reason})", "Try rtsp://, or another port")
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "strerror", None) or "what answers is no RTSP server"
-        return SourceError(f"'{shown}' can't be reached ({reason})", f"Check its name, port and power; {ENCODE}")
+        cause = f"'{shown}' can't be reached ({reason})"
+        raise SourceError(cause, f"Check its name, port and power; {ENCODE}") from None
+    return _judged(answer, address, shown)
+
+
+def silent(shown: str) -> SourceError:
+    """What to say of a camera that keeps one waiting."""
+    return SourceError(f"'{shown}' does not answer in time", "Check the camera and its network")
 
 
 def _secured(plain: socket.socket, address: SplitResult) -> socket.socket:
@@ -75,16 +92,27 @@ def _secured(plain: socket.socket, address: SplitResult) -> socket.socket:
     return context.wrap_socket(plain)
 
 
-def _asked(connection: socket.socket, address: SplitResult, port: int) -> _Answer:
+def _answered(connection: socket.socket, address: SplitResult, port: int, until_s: float) -> _Answer:
     """The camera's answer, with credentials when it wants them and they are there."""
     url = f"{address.scheme}://{_netloc(address, port)}{address.path}"
     url += f"?{address.query}" if address.query else ""
-    with connection, connection.makefile("rb") as answers:
+    with connection.makefile("rb") as answers:
+        connection.settimeout(_left_s(until_s))
         answer = _describe(connection, answers, url, 1)
         if answer.status != 401 or address.username is None:
             return answer
         permission = _permission(answer, url, unquote(address.username), unquote(address.password or ""))
-        return answer if permission is None else _describe(connection, answers, url, 2, permission)
+        if permission is None:
+            return answer
+        connection.settimeout(_left_s(until_s))
+        return _describe(connection, answers, url, 2, permission)
+
+
+def _left_s(until_s: float) -> float:
+    left_s = until_s - time.monotonic()
+    if left_s <= 0:
+        raise TimeoutError
+    return left_s
 
 
 def _netloc(address: SplitResult, port: int) -> str:
@@ -108,7 +136,7 @@ def _describe(
 
 
 def _permission(answer: _Answer, url: str, user: str, password: str) -> str | None:
-    """The Authorization header, or None where the camera wants one that FFmpeg does not know either."""
+    """The Authorization header, or None where the camera wants one of a kind that is not known here."""
     challenges = {
         kind.lower(): fields
         for kind, _, fields in (text.partition(" ") for text in answer.headers.get_all("WWW-Authenticate", []))
@@ -146,16 +174,20 @@ def _md5(text: str) -> str:
     return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
 
 
-def _judge(answer: _Answer, address: SplitResult, shown: str) -> SourceError:
-    if answer.status == 401 and address.username is None:
-        return SourceRefused(f"'{shown}' wants a user name and a password", "Write rtsp://user:password@host/path")
-    if answer.status == 401:
-        return SourceRefused(f"'{shown}' refuses this user name or password", f"Check both; {ENCODE}")
-    if answer.status == 200:
+def _judged(answer: _Answer, address: SplitResult, shown: str) -> SourceError:
+    """See `describing`."""
+    if answer.status < 400:  # a camera may send its viewers to another address, where FFmpeg follows
         return SourceError(
             f"'{shown}' answers, but sends no video that can be decoded",
             "Set the camera to H.264, H.265 or MJPEG, or try dapo.latency=default or dapo.transport=udp",
         )
+    if answer.status == 401 and address.username is None:
+        raise SourceRefused(f"'{shown}' wants a user name and a password", "Write rtsp://user:password@host/path")
+    if answer.status == 401:
+        refused = SourceRefused(f"'{shown}' refuses this user name or password", f"Check both; {ENCODE}")
+        if _permission(answer, "", "", "") is None:  # a kind of login that FFmpeg may know
+            return refused
+        raise refused
     cause, remedy = CAUSES.get(answer.status, (f"answers {answer.status} {answer.reason}", "See the camera's manual"))
     kind = SourceRefused if answer.status in REFUSED else SourceError
-    return kind(f"'{shown}' {cause}", remedy)
+    raise kind(f"'{shown}' {cause}", remedy)

@@ -20,15 +20,23 @@ LOCAL_SCHEMES = (
     "synthetic",
     "v4l2",
 )  # these have no host, so an "@" in them is no credential
-_SECRET_KEY = re.compile(r"([?&;](?:password|passwd|pwd|pass|pw|token|secret|key|user|username)=)[^&;]*", re.I)
+# Parts of a key that make its value a secret: access_token, user-pw, loginpas; not so key-int-max, UserSetSelector.
+_SECRET = (
+    r"(?:pass|pwd|psw|(?<![a-z])pw(?![a-z])|token|secret|auth|credential|signature|login|usr|headers|cookie"
+    r"|key(?![-_]?(?:int|frame))|user(?!set|output|defined))"
+)
+_KEY = rf"[\w.-]*{_SECRET}[\w.-]*"
+_IN_QUERY = re.compile(rf"([?&;]{_KEY}=)[^&;]*", re.I)
+# Some recorders have it in the path: rtsp://host/user=me_password=secret_channel=1
+_IN_ADDRESS = re.compile(rf"((?:^|[?&;/]){_KEY}=)[^&;]*?(?=[&;]|_(?:channel|stream)=|$)", re.I)
+_IN_WORD = re.compile(rf"([?&;/]{_KEY}=)[^&;\"']*?(?=[&;\"']|_(?:channel|stream)=|$)", re.I)
 # In the text of a GStreamer pipeline: user-pw=secret, password = "a b", location=rtsp://user:secret@host/x
 _QUOTED = r""""(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'"""
-_PROPERTY = re.compile(
-    rf"((?<![\w-])(?:[\w-]*-)?(?:user|user-id|username|pw|pass|passwd|password|passphrase|pwd|token|secret|key)\s*=\s*)"
-    rf"({_QUOTED}|[^\s!]+)",
-    re.I,
-)
+_PROPERTY = re.compile(rf"((?<![\w.?&;/-]){_KEY}\s*=\s*)((?:{_QUOTED}|\\.|[^\s!\"'])+)", re.I)
 _WORD = re.compile(rf"(?:{_QUOTED}|\\.|\S)+", re.S)
+_PROPERTY_OF_MESSAGE = re.compile(rf"((?<![\w.?&;/=-]){_KEY}\s*=\s*)({_QUOTED}|(?:[^\s!\"']|\"[^\"]*\")+)", re.I)
+_WORD_OF_MESSAGE = re.compile(r"""[^\s"']+""")
+_USER = re.compile(rf"(?<![\w+.-])(?!(?:{'|'.join(LOCAL_SCHEMES)})://)([a-z][\w+.-]*://)(?!user:password@)\S*@", re.I)
 _FILE_NAME = re.compile(r"@[^@/]*\.[A-Za-z][A-Za-z0-9]{2,3}$")  # 10:30@cam1.png is a file, user:word@host is none
 _RESERVED = re.compile("[\x00-\x20\x7f%?\ud800-\udfff]")
 
@@ -73,11 +81,25 @@ def redact(uri: str) -> str:
     elif scheme.lower() == "gst":
         return f"{scheme}://{redact_pipeline(pipeline_of(rest))}"
     elif scheme.lower() in LOCAL_SCHEMES:
-        return _SECRET_KEY.sub(r"\1***", uri)
+        return _IN_QUERY.sub(r"\1***", uri)
     head, at, tail = rest.rpartition("@")
     if at and (":" in head or (separator and "/" not in head)):
         rest = f"***@{tail}"
-    return scheme + separator + _SECRET_KEY.sub(r"\1***", rest)
+    return scheme + separator + _IN_ADDRESS.sub(r"\1***", rest)
+
+
+def redact_message(text: str) -> str:
+    """A message in which addresses may stand, as it may be printed; `user:password@` is advice, and stays.
+
+    The last net: where an address is known as such, `redact` knows better where it ends.
+    """
+
+    def hide(word: re.Match[str]) -> str:
+        if "://" not in word[0] or word[0].lower().startswith("gst://"):
+            return redact(word[0])
+        return _IN_WORD.sub(r"\1***", _USER.sub(r"\1***@", word[0]))
+
+    return _WORD_OF_MESSAGE.sub(hide, _PROPERTY_OF_MESSAGE.sub(r"\1***", text))
 
 
 def pipeline_of(rest: str) -> str:
@@ -90,7 +112,7 @@ def redact_pipeline(text: str) -> str:
 
     def hide(word: re.Match[str]) -> str:
         shown = re.sub(r"://.*@", "://***@", word[0], flags=re.S)
-        return re.sub(_SECRET_KEY.pattern.replace("[^&;]*", r"""[^&;"']*"""), r"\1***", shown, flags=re.I)
+        return _IN_WORD.sub(r"\1***", shown)
 
     return _WORD.sub(hide, _PROPERTY.sub(r"\1***", text))
 

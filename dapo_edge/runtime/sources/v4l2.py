@@ -25,12 +25,14 @@ from dapo_edge.kernels.pixels import PixelView
 from dapo_edge.runtime.buffers import BufferPool
 from dapo_edge.runtime.sources import v4l2_api as api
 from dapo_edge.runtime.sources.base import Properties, Source
+from dapo_edge.runtime.sources.frame_ids import lost_between
 from dapo_edge.runtime.sources.uri import Option, number, options, path_of, whole
 from dapo_edge.runtime.sources.v4l2_pixels import DECODED, Reader, reader_of
 from dapo_edge.structures import MAX_PIXELS, MIN_SIDE_PX, Frame
 
 POLL_S = 0.2  # between two looks whether the source was closed
 BUFFERS = 4
+SEQUENCES = 2**32  # numbers of buffers, before they begin again at 0
 RATE_TOLERANCE = 0.01
 EXAMPLE = "v4l2:///dev/video0?width=1280&height=720&fps=30&fourcc=MJPG"
 
@@ -197,7 +199,7 @@ class V4l2Source(Source):
 
     def _frame(self, buffer: api.Buffer) -> Frame:
         if self._sequence is not None:
-            self._lost += max(0, (buffer.sequence - self._sequence - 1) % 2**32)
+            self._lost += lost_between(self._sequence, buffer.sequence, SEQUENCES)
         self._sequence = buffer.sequence
         index, self._index = self._index, self._index + 1
         pixels = None if buffer.flags & api.FLAG_ERROR else self._pixels(buffer)

@@ -38,6 +38,7 @@ DEFAULT = 0  # of the three below
 BT601, LIMITED, JPEG_SPACE = 1, 2, 7
 OTHER_SPACES = (2, 3, 10, 12)  # SMPTE 240M, Rec. 709, BT.2020, DCI-P3
 END_OF_JPEG = b"\xff\xd9"
+TAIL = 4096  # bytes looked at at once
 
 
 def reader_of(form: api.Format, pool: BufferPool) -> Reader | str:
@@ -83,9 +84,19 @@ def _converted(data: Bytes, form: Any, pool: BufferPool) -> Bytes | None:
 
 
 def _decoded(data: Bytes, form: Any) -> Bytes | None:
-    # Cut-off data decode, too: to a picture that is grey from there on. Drivers fill buffers up with zeros.
-    if not data.tobytes().rstrip(b"\0").endswith(END_OF_JPEG):
+    # Cut-off data decode, too: to a picture that is grey from there on.
+    if not _is_whole(data):
         return None
     cv2 = require("cv2")
+    # OpenCV 5.0 lends Python's imdecode no destination: the one kind of pixels that needs new memory for each frame.
     image: Bytes | None = cv2.imdecode(data, cv2.IMREAD_COLOR)
     return image if image is not None and image.shape[:2] == (form.height, form.width) else None
+
+
+def _is_whole(jpeg: Bytes) -> bool:
+    """Whether it ends as a JPEG does; drivers fill buffers up with zeros, by up to megabytes."""
+    for end in range(jpeg.size, 0, -TAIL):
+        tail = jpeg[max(0, end - TAIL - 1) : end].tobytes().rstrip(b"\0")
+        if len(tail) > 1 or end <= TAIL:
+            return tail.endswith(END_OF_JPEG)
+    return False

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from dapo_edge.errors import FrameError, SourceError
 from dapo_edge.extras import require
+from dapo_edge.runtime.buffers import BufferPool
 from dapo_edge.runtime.sources.base import Properties, Source
 from dapo_edge.runtime.sources.opencv import ffmpeg_options, quiet
 from dapo_edge.runtime.sources.uri import check_path, is_text, options, path_of, uri_of
@@ -41,6 +42,8 @@ class VideoSource(Source):
         super().__init__(uri)
         self._capture: Any = None
         self._lock = threading.Lock()  # OpenCV crashes when a capture is released while another thread reads
+        self._pool = BufferPool()
+        self._shape: tuple[int, ...] = ()  # of the picture before
         self._start_ns = 0
         self._index = 0
         self._lost = 0  # frames to report as failed before `_after_gap`
@@ -65,6 +68,7 @@ class VideoSource(Source):
             cause = f"the video '{path}' can't be opened: it is damaged, cut off, or of a kind this OpenCV can't decode"
             raise SourceError(cause, "Try to play it with another program; H.264 in .mp4 and MJPG in .avi work")
         self._start_ns, self._index, self._lost, self._after_gap = time.time_ns(), 0, 0, None
+        self._shape = ()
         return self._announced(cv2)
 
     def _announced(self, cv2: Any) -> Properties:
@@ -93,8 +97,8 @@ class VideoSource(Source):
             return self._fail_one()
         image, self._after_gap = self._after_gap, None
         if image is None:
-            done, image = self._capture.read()
-            if not done:
+            image = self._decoded()
+            if image is None:
                 return self._gap()
         index, self._index = self._index, self._index + 1
         return Frame(image, index, self._start_ns + self._position_ns(index), self.uri)
@@ -105,14 +109,22 @@ class VideoSource(Source):
         if length is None or self._index >= length:
             return None
         for lost in range(1, LOOKAHEAD + 1):
-            done, image = self._capture.read()
-            if done:
+            image = self._decoded()
+            if image is not None:
                 self._lost, self._after_gap = lost, image
                 return self._fail_one()
         if length - self._index <= missing_is_normal(length):
             return None
         cause = f"the video '{self.uri}' breaks off after {self._index} of {length} frames"
         raise SourceError(cause, "The frames up to there are fine; record or copy the file again for the rest")
+
+    def _decoded(self) -> NDArray[np.uint8] | None:
+        """The next picture, [H, W, 3] BGR, if there is one."""
+        done, image = self._capture.read(self._pool.take(self._shape) if self._shape else None)
+        if not done:
+            return None
+        self._shape = image.shape
+        return image
 
     def _fail_one(self) -> Frame | None:
         index, self._index, self._lost = self._index, self._index + 1, self._lost - 1
