@@ -68,5 +68,5 @@ setup(
     },
     install_requires=CORE,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["dapo-edge = dapo_edge.cli:main"]},
+    entry_points={"console_scripts": ["dapo-edge = dapo_edge.cli_start:main"]},
 )

@@ -25,7 +25,7 @@ TINY = {
 
 # Tests that measure time, get signals, or hold a camera that there is once: they run while nothing else does.
 ALONE = re.compile(
-    r"runtime/test_(pipeline|camera|chaos|line_\w+|rtsp\w*|gst\w*|v4l2\w*|gige|genicam|basler|industrial|cameras|watched\w*)"
+    r"runtime/test_(pipeline|delivery|camera|chaos|line_\w+|rtsp\w*|gst\w*|v4l2\w*|gige|genicam|basler|industrial|cameras|watched\w*)"
     r"|test_(cli_run\w*|cli_cameras|terminal|demo)|engine/test_speed|runtime/test_synthetic_source"
 )
 
@@ -76,6 +76,21 @@ def package(tiny_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> En
     from dapo_edge.engine.build import build
 
     return build(tiny_recipe, tmp_path_factory.mktemp("engines") / "tiny.dapo")
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> EnginePackage:
+    """The demo's package, calibrated on fewer frames."""
+    from dapo_edge import assets
+    from dapo_edge.config import load_recipe
+    from dapo_edge.engine.build import build
+
+    recipe = load_recipe(Path(assets.__file__).parent / "surface-tiny.yaml")
+    quick = {
+        "gate": recipe.gate.model_copy(update={"count": 2}),
+        "thresholds": recipe.thresholds.model_copy(update={"count": 8}),
+    }
+    return build(recipe.model_copy(update=quick), tmp_path_factory.mktemp("demo") / "demo.dapo")
 
 
 @pytest.fixture

@@ -13,8 +13,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from dapo_edge.errors import FrameError, FrameTimeout
+from dapo_edge.runtime.accounting import Counts
 from dapo_edge.runtime.camera import Patience
 from dapo_edge.runtime.outcome import CameraEvent, Outcome
+from dapo_edge.runtime.pipeline import Pipeline
+from dapo_edge.runtime.plan import CameraPlan, SinkPlan
 from dapo_edge.runtime.sources import SOURCES, Properties, Source
 from dapo_edge.structures import DefectMap, Frame, Inspection
 
@@ -179,3 +182,59 @@ class Collector:
 
     def indices(self, camera: str) -> list[int | None]:
         return [outcome.index for outcome in self.outcomes if outcome.camera == camera]
+
+
+def files(*names: str, **options: Any) -> list[CameraPlan]:
+    return [CameraPlan(name, f"scripted://{name}", **options) for name in names]
+
+
+def cameras(*names: str, **options: Any) -> list[CameraPlan]:
+    return [CameraPlan(name, f"camera://{name}", **options) for name in names]
+
+
+def line(engine: FakeInspector, plans: Sequence[CameraPlan], *sinks: Any, **options: Any) -> Pipeline:
+    plans_of_sinks = [sink if isinstance(sink, SinkPlan) else SinkPlan(sink) for sink in sinks]
+    return Pipeline(engine, plans, plans_of_sinks, **{"patience": QUICK, **options})  # type: ignore[arg-type]
+
+
+def finished(pipeline: Pipeline, *, stopped: bool = False) -> Counts:
+    """The account of a run that is over, compared with what the sources gave away."""
+    counts = pipeline.counts()
+    assert counts.balanced and counts.in_flight == 0
+    assert counts.captured == sum(source.handed_out for source in ScriptedSource.opened)
+    assert stopped or counts.dropped_by["shutdown"] == 0
+    return counts
+
+
+def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.002)
+
+
+class Running:
+    """A pipeline that runs beside the test."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.pipeline = pipeline
+        self.error: BaseException | None = None
+        self.thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        try:
+            self.pipeline.run()
+        except BaseException as error:
+            self.error = error
+
+    def __enter__(self) -> Running:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.pipeline.abort()
+        self.end()
+
+    def end(self) -> None:
+        self.thread.join(10)
+        assert not self.thread.is_alive()

@@ -64,12 +64,10 @@ class OpenVinoBackend:
     ) -> Self:
         """Compile the encoder, or take it from the model cache. `precision` overrides the package's: fp32, fp16, int8.
 
-        All cores work on one call after the other, or, for `throughput`, as many calls side by side as OpenVINO finds
-        best.
-
-        What is not INT8 in an INT8 encoder computes in the CPU's fastest float type, be it fp32. Raises `BackendError`
-        for fp16 on a CPU that computes no float type faster than fp32, `RecipeError` for int8 of a package without it,
-        and `GateError` for a precision that failed the build's gate, or whose INT8 is another one on this CPU.
+        All cores work on one call after the other, or for `throughput` on as many at once as OpenVINO finds best. What
+        is not INT8 in an INT8 encoder computes in the CPU's fastest float type, be it fp32. Raises `BackendError` for
+        fp16 on a CPU that computes no float type faster than fp32, `RecipeError` for int8 of a package without it, and
+        `GateError` for a precision that failed the build's gate, or whose INT8 is another one on this CPU.
         """
         ov = require("openvino")
         wanted = precision or package.manifest.precision
@@ -79,10 +77,8 @@ class OpenVinoBackend:
             )
         _check_judged(package, wanted)
         core = ov.Core()
-        properties = {
-            "PERFORMANCE_HINT": "THROUGHPUT" if throughput else "LATENCY",
-            "INFERENCE_PRECISION_HINT": HINT_OF[_float_type(core, wanted)],
-        }
+        hint, float_type = "THROUGHPUT" if throughput else "LATENCY", HINT_OF[_float_type(core, wanted)]
+        properties = {"PERFORMANCE_HINT": hint, "INFERENCE_PRECISION_HINT": float_type}
         key = compiled_cache.key_of(
             package.encoder_sha256(wanted),
             package.manifest.preprocessing,

@@ -45,6 +45,16 @@ class Patience:
     tick_s: float = 0.05  # how often the watchdog looks
 
 
+@dataclass
+class _Trouble:
+    """What a camera has been through since it was last live for a while."""
+
+    since_s: float | None = None  # when it was lost first; None while all is well
+    attempts: int = 0  # in vain
+    barren: int = 0  # openings in a row without a frame
+    told_s: float = 0.0  # when a loss was last told
+
+
 class Camera:
     """A source that is read into a lane. `watch` must be called every `Patience.tick_s`, by one thread."""
 
@@ -75,7 +85,6 @@ class Camera:
         self._patience = patience or Patience()
         self.read_s = self._patience.read_s
         self._told: CameraState = "connecting"
-        self._told_s = 0.0  # when a loss was last told
         self._reopen = reopen
         self._tell = tell
         self._host_pixels = host_pixels
@@ -89,11 +98,9 @@ class Camera:
         self._pace = Pace(self.plan.fps)
         self._taken = 0  # frames of this run, to compare with the plan's limit
         self._next_index = 0
-        self._trouble_s: float | None = None  # since when it has been lost, again and again; None while all is well
+        self._trouble = _Trouble()
         self._live_s = 0.0  # since when it is live
         self._retry_at_s = 0.0
-        self._attempts = 0  # in vain in this trouble
-        self._barren = 0  # openings in a row without a frame
         self._interval_s = 0.0  # between two frames, as last measured
 
     def start(self) -> None:
@@ -143,10 +150,14 @@ class Camera:
                 self._leave_behind(session)
         elif (reason := self._complaint(session, now_s)) is not None:
             self._leave_behind(session)
-            self._tell_state("stalled", reason, told=self._attempts < TOLD_ATTEMPTS)
+            self._tell_state("stalled", reason, told=self._trouble.attempts < TOLD_ATTEMPTS)
             self._lose(now_s, reason, session)
-        elif self._trouble_s is not None and self.state == "live" and now_s - self._live_s > self._patience.steady_s:
-            self._trouble_s, self._attempts = None, 0
+        elif (
+            self._trouble.since_s is not None
+            and self.state == "live"
+            and now_s - self._live_s > self._patience.steady_s
+        ):
+            self._trouble.since_s, self._trouble.attempts = None, 0
             if self._told != "live":
                 self._tell_state("live")
 
@@ -227,11 +238,11 @@ class Camera:
     def _found(self, session: Session) -> None:
         if self.state == "live":
             return
-        if self._trouble_s is not None:
+        if self._trouble.since_s is not None:
             self.reconnects += 1
         session.resumes = self._next_index > 0
-        self._live_s, self._barren = time.monotonic(), 0
-        self._tell_state("live", told=self._attempts <= TOLD_ATTEMPTS)
+        self._live_s, self._trouble.barren = time.monotonic(), 0
+        self._tell_state("live", told=self._trouble.attempts <= TOLD_ATTEMPTS)
 
     def _came_too_late(self, frames: int) -> None:
         """Of a session that was left behind: nobody waits for them any more."""
@@ -266,7 +277,7 @@ class Camera:
         if session.had_frames or properties.fps is not None:
             return limit_s
         # It may be slower than anyone knows, so that each opening that brought nothing is followed by a longer one.
-        return limit_s * 2 ** min(self._barren, MOST_DOUBLINGS)
+        return limit_s * 2 ** min(self._trouble.barren, MOST_DOUBLINGS)
 
     def _conclude(self, session: Session, now_s: float) -> None:
         error = session.error
@@ -287,19 +298,19 @@ class Camera:
         if not session.source.reconnects:
             return True
         wrong = isinstance(error, (SourceRefused, DependencyMissing)) or not isinstance(error, SourceError)
-        return wrong and self._attempts == 0 and self.account.counts().captured == 0
+        return wrong and self._trouble.attempts == 0 and self.account.counts().captured == 0
 
     def _end(self, error: DapoEdgeError | None) -> None:
         self.error = error
         self._tell_state("ended", "" if error is None else error.cause)
 
     def _lose(self, now_s: float, reason: str, session: Session) -> None:
-        self._barren += not session.had_frames
+        self._trouble.barren += not session.had_frames
         self._interval_s = session.measured_s
-        if self._trouble_s is None:
-            self._trouble_s = now_s
-        self._attempts += 1
-        patience, lasted_s = self._patience, now_s - self._trouble_s
+        if self._trouble.since_s is None:
+            self._trouble.since_s = now_s
+        self._trouble.attempts += 1
+        patience, lasted_s = self._patience, now_s - self._trouble.since_s
         retry_s = min(max(patience.first_retry_s, patience.retry_share * lasted_s), patience.last_retry_s)
         retry_s *= self._jitter.uniform(0.8, 1.0)  # cameras behind one switch must not come back all at once
         self._retry_at_s = now_s + retry_s
@@ -329,12 +340,16 @@ class Camera:
         with self._lock:
             self._session = None
         self._left_behind.append(session)
+        if session.properties is None:
+            # An opening that waits for its turn gives up. In a thread, because it may just have come through, and
+            # closing then waits for a read.
+            threading.Thread(target=session.source.close, name=f"close {self.plan.name}", daemon=True).start()
 
     def _tell_lost(self, now_s: float, reason: str, retry_s: float) -> None:
         """Every attempt at first; then now and then, because a camera may be away for a weekend."""
-        told = self._attempts <= TOLD_ATTEMPTS or now_s - self._told_s > TOLD_EVERY_S
+        told = self._trouble.attempts <= TOLD_ATTEMPTS or now_s - self._trouble.told_s > TOLD_EVERY_S
         if told:
-            self._told_s = now_s
+            self._trouble.told_s = now_s
         self._tell_state("lost", reason, retry_s, told=told)
 
     def _tell_state(
@@ -343,5 +358,5 @@ class Camera:
         self.state, self.reason = state, reason
         if told:
             self._told = state
-            attempts = 0 if state == "ended" else self._attempts
+            attempts = 0 if state == "ended" else self._trouble.attempts
             self._tell(CameraEvent(self.plan.name, self.uri, state, reason, attempts, retry_s))

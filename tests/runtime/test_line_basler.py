@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +11,7 @@ from line_fakes import FakeInspector
 from rigs import basler_rig
 from rigs.line_rig import Line, percentile_ms
 
-from dapo_edge import Inspector, assets
-from dapo_edge.config import load_recipe
-from dapo_edge.package import EnginePackage
+from dapo_edge import Inspector
 from dapo_edge.runtime.plan import CameraPlan
 from dapo_edge.runtime.sources.basler import BaslerSource
 
@@ -26,19 +23,6 @@ TRIGGERS_PER_S = 10
 @pytest.fixture(autouse=True)
 def _emulation(monkeypatch: pytest.MonkeyPatch) -> None:
     basler_rig.emulate(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> EnginePackage:
-    """The demo's package, with little calibration."""
-    from dapo_edge.engine.build import build
-
-    recipe = load_recipe(Path(assets.__file__).parent / "surface-tiny.yaml")
-    quick = {
-        "gate": recipe.gate.model_copy(update={"count": 2}),
-        "thresholds": recipe.thresholds.model_copy(update={"count": 8}),
-    }
-    return build(recipe.model_copy(update=quick), tmp_path_factory.mktemp("demo") / "demo.dapo")
 
 
 def test_three_torn_frames_are_three_failed_ones() -> None:

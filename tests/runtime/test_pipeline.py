@@ -2,79 +2,29 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from line_fakes import QUICK, Collector, FakeInspector, ScriptedSource, scripted
+from line_fakes import (
+    Collector,
+    FakeInspector,
+    Running,
+    cameras,
+    files,
+    finished,
+    line,
+    scripted,
+    until,
+)
 
-from dapo_edge.errors import BackendError, FrameError, OutputError, RecipeError, SourceError
+from dapo_edge.errors import BackendError, FrameError, RecipeError, SourceError
 from dapo_edge.kernels.pixels import PixelView
-from dapo_edge.runtime.accounting import Counts
-from dapo_edge.runtime.outcome import Outcome
 from dapo_edge.runtime.pace import Pace
-from dapo_edge.runtime.pipeline import Pipeline
-from dapo_edge.runtime.plan import CameraPlan, SinkPlan
+from dapo_edge.runtime.plan import CameraPlan
 from dapo_edge.structures import Frame
-
-
-def files(*names: str, **options: Any) -> list[CameraPlan]:
-    return [CameraPlan(name, f"scripted://{name}", **options) for name in names]
-
-
-def cameras(*names: str, **options: Any) -> list[CameraPlan]:
-    return [CameraPlan(name, f"camera://{name}", **options) for name in names]
-
-
-def line(engine: FakeInspector, plans: Sequence[CameraPlan], *sinks: Any, **options: Any) -> Pipeline:
-    plans_of_sinks = [sink if isinstance(sink, SinkPlan) else SinkPlan(sink) for sink in sinks]
-    return Pipeline(engine, plans, plans_of_sinks, **{"patience": QUICK, **options})  # type: ignore[arg-type]
-
-
-def finished(pipeline: Pipeline, *, stopped: bool = False) -> Counts:
-    """The account of a run that is over, compared with what the sources gave away."""
-    counts = pipeline.counts()
-    assert counts.balanced and counts.in_flight == 0
-    assert counts.captured == sum(source.handed_out for source in ScriptedSource.opened)
-    assert stopped or counts.dropped_by["shutdown"] == 0
-    return counts
-
-
-def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.002)
-
-
-class Running:
-    """A pipeline that runs beside the test."""
-
-    def __init__(self, pipeline: Pipeline) -> None:
-        self.pipeline = pipeline
-        self.error: BaseException | None = None
-        self.thread = threading.Thread(target=self._run)
-
-    def _run(self) -> None:
-        try:
-            self.pipeline.run()
-        except BaseException as error:
-            self.error = error
-
-    def __enter__(self) -> Running:
-        self.thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.pipeline.abort()
-        self.end()
-
-    def end(self) -> None:
-        self.thread.join(10)
-        assert not self.thread.is_alive()
 
 
 def test_files_are_inspected_wholly_and_in_order() -> None:
@@ -271,69 +221,6 @@ def test_abort_drops_what_waits() -> None:
     assert counts.dropped_by["shutdown"] >= 15 and counts.captured < 60
 
 
-def test_a_slow_sink_loses_its_own_entries_and_delays_nobody() -> None:
-    slow, quick = Collector("slow", seconds=0.05), Collector("quick")
-    with scripted(a=[range(200)]):
-        pipeline = line(FakeInspector(), files("a"), SinkPlan(slow, "newest", queue=2), SinkPlan(quick, "wait"))
-        pipeline.run()
-    assert len(quick.outcomes) == finished(pipeline).inspected == 200
-    state = {sink["name"]: sink for sink in pipeline.as_json()["sinks"]}
-    assert state["slow"]["written"] + state["slow"]["lost"] == 200 and state["slow"]["lost"] > 100
-    assert slow.indices("a")[-1] == 199 and slow.closed == 1
-
-
-def test_a_sink_of_files_loses_nothing_by_default() -> None:
-    slow = Collector(seconds=0.002)
-    with scripted(a=[range(100)]):
-        pipeline = line(FakeInspector(), files("a"), SinkPlan(slow, queue=2))
-        pipeline.run()
-    assert slow.indices("a") == list(range(100))
-
-
-def test_a_sink_that_raises_is_counted_and_named_at_the_end() -> None:
-    bad, good = Collector("bad", fault=OutputError("disk full", "free some space")), Collector("good")
-    with scripted(a=[range(20)]):
-        pipeline = line(FakeInspector(), files("a"), bad, good)
-        with pytest.raises(OutputError, match=r"sink 'bad' failed 20 times \(disk full\). [Ff]ree some space"):
-            pipeline.run()
-    assert len(good.outcomes) == finished(pipeline).inspected == 20
-    assert pipeline.as_json()["sinks"][0]["failed"] == 20
-
-
-def test_a_sink_that_hangs_does_not_keep_a_stopped_run() -> None:
-    stuck = Collector("stuck", seconds=3600)
-    with (
-        scripted(a=[range(10**6)]),
-        Running(line(FakeInspector(), files("a"), SinkPlan(stuck, "newest"), drain_s=0.3)) as running,
-    ):
-        until(lambda: running.pipeline.counts().inspected > 10)
-        running.pipeline.stop()
-        started = time.monotonic()
-        running.end()
-        assert time.monotonic() - started < 2  # the drain, and a second to wind up
-    assert finished(running.pipeline).dropped == 0
-
-
-def test_results_can_be_looped_over_and_left() -> None:
-    with scripted(a=[range(10)], b=[range(10**6)]):
-        assert [outcome.index for outcome in line(FakeInspector(), files("a"))] == list(range(10))
-        pipeline = line(FakeInspector(), files("b"))
-        for outcome in pipeline:
-            if outcome.index == 5:
-                break
-        del outcome
-    until(lambda: not [thread for thread in threading.enumerate() if thread.name in ("run", "camera b")])
-    assert pipeline.counts().balanced
-
-
-def test_a_loop_gets_the_error_after_the_results() -> None:
-    seen = []
-    with scripted(a=[[0, 1, SourceError("torn", "glue")]]), pytest.raises(SourceError, match="torn"):
-        for outcome in line(FakeInspector(), files("a")):
-            seen.append(outcome.index)
-    assert seen == [0, 1]
-
-
 def test_a_cameras_own_bytes_become_bgr_unless_the_backend_takes_them() -> None:
     view = PixelView(np.full((16, 16), 9, np.uint8), "GRAY8", 16, 16)
     kinds = []
@@ -362,14 +249,6 @@ def test_what_can_not_run_is_refused_before_anything_is_opened() -> None:
     assert not opened
 
 
-def test_a_file_that_is_not_there_shows_before_the_sinks_are_opened(tmp_path: Any) -> None:
-    sink = Collector()
-    pipeline = line(FakeInspector(), [CameraPlan("a", f"image://{tmp_path}/none.png")], sink)
-    with pytest.raises(SourceError, match="can't be opened"):
-        pipeline.run()
-    assert sink.opened == 0
-
-
 def test_a_target_rate_lets_no_two_pass_at_once_even_after_a_gap() -> None:
     pace = Pace(1.0)
     seconds = (0.0, 0.03, 1.0, 1.2, 2.0, 7.3, 7.4, 8.2, 8.31)
@@ -396,54 +275,6 @@ def test_a_frame_in_tiles_does_not_wait_for_others_to_fill_a_batch() -> None:
     with scripted(a=[range(8)], b=[range(8)]):
         line(engine, [*files("a", views=views), *files("b")], batch_window_s=0.02).run()
     assert sum(engine.batches) == 16 and len(engine.batches) >= 8
-
-
-def test_a_sink_that_does_not_draw_holds_no_pictures() -> None:
-    plain, drawing = Collector("plain"), Collector("drawing")
-    plain.draws = False
-    with scripted(a=[range(3)]):
-        line(FakeInspector(), files("a"), plain, drawing).run()
-    for bare, whole in zip(plain.outcomes, drawing.outcomes, strict=True):
-        assert whole.nbytes > 0 and bare.nbytes == 0
-        assert bare.frame and whole.frame and bare.frame.index == whole.frame.index
-        assert bare.inspection and bare.inspection.verdict == "ok" and bare.inspection.types == ("normal", "a")
-
-
-def test_a_queue_of_pictures_is_bounded_by_its_bytes() -> None:
-    slow = Collector("slow", seconds=0.02)
-    with scripted(a=[range(60)]):
-        pipeline = line(FakeInspector(), files("a"), SinkPlan(slow, "newest", queue=1000, max_bytes=5_000))
-        pipeline.run()
-    (state,) = pipeline.as_json()["sinks"]
-    assert state["written"] + state["lost"] == 60 and state["lost"] > 30
-    with scripted(a=[range(6)]):
-        huge = Collector("huge")
-        line(FakeInspector(), files("a"), SinkPlan(huge, "wait", max_bytes=1)).run()
-    assert len(huge.outcomes) == 6, "one entry may always wait"
-
-
-def test_a_sinks_failure_and_recovery_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    class Flaky(Collector):
-        def write(self, outcome: Outcome) -> None:
-            if 3 <= (outcome.index or 0) < 8:
-                raise OSError(28, "No space left on device")
-            super().write(outcome)
-
-    with scripted(a=[range(12)]), pytest.raises(OutputError, match="failed 5 times"):
-        line(FakeInspector(), files("a"), Flaky("disk")).run()
-    assert [record.getMessage() for record in caplog.records] == [
-        "the sink 'disk' fails: [Errno 28] No space left on device",
-        "the sink 'disk' works again; 5 entries failed so far",
-    ]
-
-
-def test_a_failed_sink_shows_also_after_a_stop() -> None:
-    bad = Collector("bad", fault=OSError("full"))
-    with scripted(a=[range(10**6)]), Running(line(FakeInspector(), files("a"), bad)) as running:
-        until(lambda: running.pipeline.counts().inspected > 10)
-        running.pipeline.stop()
-        running.end()
-    assert isinstance(running.error, OutputError)
 
 
 def test_a_run_runs_once() -> None:

@@ -13,26 +13,11 @@ import pytest
 from numpy.typing import NDArray
 
 from dapo_edge import Inspector
-from dapo_edge.config import load_recipe
 from dapo_edge.data.surfaces import make_surface
 from dapo_edge.package import EnginePackage
 from dapo_edge.runtime.tiling import Views
 
 MB = 1 << 20
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> EnginePackage:
-    """The demo's package, calibrated on fewer frames."""
-    from dapo_edge import assets
-    from dapo_edge.engine.build import build
-
-    recipe = load_recipe(Path(assets.__file__).parent / "surface-tiny.yaml")
-    quick = {
-        "gate": recipe.gate.model_copy(update={"count": 2}),
-        "thresholds": recipe.thresholds.model_copy(update={"count": 8}),
-    }
-    return build(recipe.model_copy(update=quick), tmp_path_factory.mktemp("demo") / "demo.dapo")
 
 
 @pytest.fixture(scope="module")
