@@ -61,6 +61,8 @@ class Pipeline:
         self._clock = Stopwatch()
         self._intake = Intake(inspector.package.manifest.batch, batch_window_s)
         self._sources = [open_source(plan.uri) for plan in cameras]
+        for source in self._sources:
+            source.check()
         self._plans = list(cameras)
         self._sinks = list(sinks)
         self._delivery = Delivery((), "wait", self._news.set)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from dapo_edge.runtime.sources.gst import compilers_unwinder_first
+
 INSTALL = (
     "run: apt-get install -y --no-install-recommends python3-gi gir1.2-gst-plugins-base-1.0 "
     "gstreamer1.0-plugins-base gstreamer1.0-plugins-good gstreamer1.0-plugins-bad"
@@ -22,6 +24,7 @@ def need() -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ImportWarning)  # of Debian's gi, whose importer is an old one
+            compilers_unwinder_first()
             gi = importlib.import_module("gi")
             for name in ("Gst", "GstApp", "GstVideo", "GLib"):
                 gi.require_version(name, "2.0" if name == "GLib" else "1.0")

@@ -140,7 +140,7 @@ def test_a_picture_that_changes_its_size() -> None:
         ("nosuch ! videoconvert", True, 'no element "nosuch"'),
         ("videotestsrc patern=ball", True, 'no property "patern"'),
         ("videotestsrc ! ! x", True, "is no pipeline"),
-        ("", True, "is no pipeline"),
+        ("", True, "holds no pipeline"),
         ("videotestsrc ! fakesink", True, "could not link"),
         ("videotestsrc ! appsink videotestsrc ! appsink", True, "has 2 appsinks"),
         ("audiotestsrc", True, "videoconvert"),

@@ -13,8 +13,9 @@ import pytest
 
 from dapo_edge.errors import FrameError, FrameTimeout, SourceError, SourceRefused
 from dapo_edge.runtime.sources import industrial
-from dapo_edge.runtime.sources.features import frame_rate, set_features, set_trigger, split_query
+from dapo_edge.runtime.sources.features import frame_rate, set_features, set_trigger
 from dapo_edge.runtime.sources.industrial import OPTIONS, Found, Grab, IndustrialSource, choose
+from dapo_edge.runtime.sources.uri import split_query
 from dapo_edge.structures import Frame
 
 # --- features ---

@@ -136,6 +136,14 @@ def test_mistakes_of_a_source(tmp_path: Path, source: dict[str, Any], message: s
             "'sinks.1.name' is 'a': so is that of sinks.0",
         ),
         ({"sources": [{"uri": "synthetic://", "name": "camera2"}, {"uri": "x"}]}, "'sources.1.name' is 'camera2'"),
+        (
+            {"sources": [{"uri": "synthetic://", "name": "Left"}, {"uri": "x", "name": "left"}]},
+            "'sources.1.name' is 'left': only capitals differ from the name of sources.0",
+        ),
+        ({"sources": [{"uri": "x", "name": "left "}]}, "'sources.0.name' is 'left ': string should match pattern"),
+        ({"sources": [{"uri": "x", "name": " left"}]}, "'sources.0.name' is ' left': string should match pattern"),
+        ({"sources": [{"uri": f"x{number}"} for number in range(300)]}, "at most 256 items"),
+        ({"sinks": [{"kind": "jsonl", "path": f"x{number}"} for number in range(300)]}, "at most 256 items"),
     ],
 )  # fmt: skip
 def test_mistakes_elsewhere(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -159,14 +167,16 @@ def test_every_mistake_is_listed_at_once_and_no_password(tmp_path: Path) -> None
     }
     text = mistakes(tmp_path, content, {"DAPO_EDGE_RUN__BAKEND": "x"}, settings=("sources.9.fps=1", "nonsense"))
     for part in (
-        "line.yaml, DAPO_EDGE_RUN__BAKEND, --set sources.9.fps: ", "'package' needs the environment variable NOWHERE",
-        "'--set nonsense' sets nothing", "'sources' has 4 items, so there is no '9'", "'sources.1.name' is 'camera1'",
+        "line.yaml, DAPO_EDGE_RUN__BAKEND: ", "'package' needs the environment variable NOWHERE",
+        "'--set nonsense' sets nothing", "--set sources.9.fps: 'sources' has 4 items, so there is no '9'",
+        "'sources.1.name' is 'camera1'",
         "'sinks.0.path' is", "'backend' is 'openvin'", "'thresholds.pixel' is -1", "'sources.0.uri' is 'rtps://***@cam/1'",
         "'sources.0.fps' is 0", "'sources.1.tiles'", "'sources.2.regions.0.polygon'", "'sources.3.regions.0'",
         "unknown key 'sources.3.url'", "'sinks.1.kind' is 'x'", "unknown key 'bakend'",
     ):  # fmt: skip
         assert part in text, part
     assert "geheim" not in text
+    assert text.count("sources.9.fps") == 1, "a change without a place is named once"
 
 
 URI = "rtsp://admin:geheim@cam/1"
@@ -308,11 +318,25 @@ def test_changes_that_have_no_place() -> None:
         (("items", "x"), "'items' is a list"),
         (("items", "3", "x"), "'items' has 1 items"),
     ):
-        assert message in changed(data, {"--set": (keys, 0)})[1][0]
+        assert message in changed(data, {"--set": (keys, 0)})[1]["--set"]
     done, wrong = changed(data, {"one": (("items", "1", "y", "0"), 5), "two": (("new", "key"), None)})
-    assert wrong == []
+    assert wrong == {}
     assert done == {"a": {"b": 1}, "items": [{"x": 1}, {"y": [5]}], "new": {"key": None}}
     assert data["items"] == [{"x": 1}], "what was given stays as it is"
+
+
+def test_a_config_that_is_a_bomb_or_contains_itself(tmp_path: Path) -> None:
+    for text, message in (
+        (
+            "a0: &a [1, 1]\n" + "".join(f"a{n}: &a [*a, *a]\n" for n in range(1, 40)) + "sources: *a\n",
+            "more than 50000",
+        ),
+        ("sources: &s [*s]\n", "it contains itself"),
+        ("&a\npackage: p\nthresholds: *a\n", "it contains itself"),
+    ):
+        (tmp_path / "line.yaml").write_text(text)
+        with pytest.raises(RecipeError, match=message):
+            load_run_config(tmp_path / "line.yaml")
 
 
 def test_settings_are_read_as_yaml() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from dapo_edge.data.pictures import IMAGE_EXTENSIONS
 from dapo_edge.errors import SourceError, did_you_mean
 from dapo_edge.runtime.sources.base import Properties, Source
-from dapo_edge.runtime.sources.uri import check_path, path_of, redact, split, uri_of
+from dapo_edge.runtime.sources.uri import Address, check_path, path_of, redact, split, uri_of
 from dapo_edge.runtime.sources.video import VIDEO_EXTENSIONS
 
 __all__ = ["SOURCES", "Properties", "Source", "open_source", "redact"]
@@ -36,7 +36,7 @@ def open_source(uri: str | Path) -> Source:
     if address is None:
         text = _uri_of_path(text)
     elif address.scheme == "file":
-        text = _uri_of_file(text, path_of(address.body))
+        text = _uri_of_file(text, address)
     scheme = text.partition("://")[0].lower()
     if scheme not in SOURCES:
         known = ", ".join(f"{name}://" for name in SOURCES)
@@ -70,8 +70,9 @@ def _uri_of_path(text: str) -> str:
     return uri_of(scheme, path)
 
 
-def _uri_of_file(uri: str, path: Path) -> str:
+def _uri_of_file(uri: str, address: Address) -> str:
     """`file://` is every path's URI elsewhere; only what is no folder and no image is left to the video decoder."""
+    path = path_of(address.body)
     check_path(path, "file")
     scheme = _scheme_of(path) or "file"
-    return uri if scheme == "file" else uri_of(scheme, path)
+    return uri if scheme == "file" else uri_of(scheme, path) + (f"?{address.query}" if address.query else "")

@@ -2,7 +2,7 @@
 
 A new kind of source is one file with one subclass of `Source` and one line in `SOURCES`. The subclass is made from the
 URI alone, does nothing until `_open`, and fills in three methods; state, errors of use and iteration are handled here.
-What is wrong with the URI itself shows when it is opened, as `SourceRefused`, before any hardware is touched.
+What is wrong with the URI itself is told by `check`, and by `open` before any hardware is touched.
 """
 
 from __future__ import annotations
@@ -57,6 +57,14 @@ class Source(ABC):
         if self._properties is None:
             raise SourceError(f"the source '{self.uri}' is not open", "Use it inside 'with', or call open() first")
         return self._properties
+
+    def check(self) -> None:
+        """Refuse what is wrong with the URI itself. Touches no hardware, file or network, and imports no SDK.
+
+        Raises `SourceRefused`, or `SourceError` where `open` does. What only a device can know, such as the names of a
+        camera's own features, is left to `open`.
+        """
+        self._parse()
 
     def open(self) -> Source:
         """Get ready to read from the first frame; does nothing when already open.
@@ -134,6 +142,10 @@ class Source(ABC):
         """For openings that wait for something: raise `SourceError` once `close` was called."""
         if self._given_up:
             raise SourceError(f"'{self.uri}' was closed before it was open", "Open it again")
+
+    def _parse(self) -> object:
+        """What the URI asks for, which `_open` begins with; see `check` for errors."""
+        return None
 
     @abstractmethod
     def _open(self) -> Properties:

@@ -8,12 +8,10 @@ Keys that are not the source's own are features, set in the order given, because
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, Protocol
-from urllib.parse import parse_qsl, urlencode
 
 from dapo_edge.errors import SourceRefused, did_you_mean
-from dapo_edge.runtime.sources.uri import Option, options
 
 Trigger = Literal["off", "software", "hardware"]
 Feature = tuple[str, str]  # name, value as text
@@ -41,13 +39,6 @@ class Nodes(Protocol):
     def valid(self, name: str) -> str:
         """What `set` takes, in words."""
         ...
-
-
-def split_query(uri: str, query: str, own: Mapping[str, Option]) -> tuple[dict[str, Any], list[Feature]]:
-    """Values of the source's own keys, and the features. Raises `SourceRefused`."""
-    pairs = parse_qsl(query, keep_blank_values=True)
-    mine = urlencode([pair for pair in pairs if pair[0] in own])
-    return options(uri, mine, own), [pair for pair in pairs if pair[0] not in own]
 
 
 def set_features(uri: str, nodes: Nodes, features: Iterable[Feature], own: Iterable[str]) -> None:

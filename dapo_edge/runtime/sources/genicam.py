@@ -24,6 +24,12 @@ _Named = tuple[Found, tuple[str, ...]]  # a camera, and all the names that it go
 _NAME_KEYS = ("serial_number", "id_", "user_defined_name", "display_name")
 
 
+def _producer(text: str) -> Path:
+    if not text:
+        raise ValueError(text)
+    return Path(text)
+
+
 class GenicamSource(IndustrialSource):
     """`genicam://SERIAL?cti=PATH&trigger=&timeout=&buffers=&ExposureTime=500&PixelFormat=BayerRG8...`
 
@@ -31,7 +37,7 @@ class GenicamSource(IndustrialSource):
     camera. Without `cti` every producer in GENICAM_GENTL64_PATH is asked.
     """
 
-    own_options: ClassVar = {"cti": Option(Path, "the path of a GenTL producer"), **OPTIONS}
+    own_options: ClassVar = {"cti": Option(_producer, "the path of a GenTL producer"), **OPTIONS}
 
     def __init__(self, uri: str) -> None:
         super().__init__(uri)

@@ -65,13 +65,16 @@ class GstSource(Source):
         self._number: int | None = None  # that the pipeline gave the frame before
         self._lost = 0  # since the last frame that could be used
 
-    def _text(self) -> str:
-        """What is launched, credentials included."""
-        return pipeline_of(self._full_uri.partition("://")[2])
+    def _parse(self) -> str:
+        """What is launched, credentials included; its elements are only known to GStreamer."""
+        text = pipeline_of(self._full_uri.partition("://")[2])
+        if not text.strip():
+            raise SourceRefused(f"'{self.uri}' holds no pipeline", "Write one, as in gst://v4l2src ! videoconvert")
+        return text
 
     def _open(self) -> Properties:
         self._index, self._number, self._lost, self._caps, self._stream = 0, None, 0, None, None
-        text = self._text()
+        text = self._parse()
         modules = self._modules = _gstreamer()
         self._pipeline = self._launched(modules.core, text)
         self._bus = self._pipeline.get_bus()
@@ -220,7 +223,7 @@ class GstSource(Source):
         return SourceError(cause, "Check the camera; gst-launch-1.0 tells more, with GST_DEBUG=3")
 
     def _redacted(self, text: str) -> str:
-        for secret in secrets_of(self._text()):
+        for secret in secrets_of(self._parse()):
             text = text.replace(secret, "***")
         return redact_pipeline(text)
 
@@ -230,11 +233,18 @@ class GstSource(Source):
             pipeline.set_state(self._modules.core.State.NULL)  # wakes whoever waits for a frame
 
 
-def _gstreamer() -> _Modules:
-    # GStreamer brings libunwind, whose symbols take the place of the compiler's own: then the first C++ exception of a
-    # camera's SDK that is loaded later ends the process. Whoever comes first is used, so the compiler's comes first.
+def compilers_unwinder_first() -> None:
+    """To be called before GStreamer is loaded.
+
+    It brings libunwind, whose symbols take the place of the compiler's own: then the first C++ exception of a camera's
+    SDK that is loaded later ends the process. Whoever comes first is used.
+    """
     with contextlib.suppress(OSError):  # another system's compiler
         ctypes.CDLL("libgcc_s.so.1", mode=ctypes.RTLD_GLOBAL)
+
+
+def _gstreamer() -> _Modules:
+    compilers_unwinder_first()
     gi = require("gi")
     try:
         for name in ("Gst", "GstApp", "GstVideo"):
@@ -266,7 +276,7 @@ class CsiSource(GstSource):
     the backend, which on a GPU costs nothing; its colours are taken for BT.601 with limited range.
     """
 
-    def _text(self) -> str:
+    def _parse(self) -> str:
         address = self._address
         if not re.fullmatch("[0-9]{1,2}", address.body):
             raise SourceRefused(f"'{self.uri}' names no sensor", "Write csi://0 for the first one")

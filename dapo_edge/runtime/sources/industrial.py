@@ -19,18 +19,18 @@ from dapo_edge.errors import FrameError, FrameTimeout, SourceError, SourceRefuse
 from dapo_edge.kernels.pixels import Bytes
 from dapo_edge.runtime.sources.base import Properties, Source
 from dapo_edge.runtime.sources.features import (
+    Feature,
     Nodes,
     Trigger,
     frame_rate,
     reason_of,
     set_features,
     set_trigger,
-    split_query,
     whole_number,
 )
 from dapo_edge.runtime.sources.frame_ids import FrameIds, wall_clock
 from dapo_edge.runtime.sources.pixel_formats import PixelReader
-from dapo_edge.runtime.sources.uri import Option
+from dapo_edge.runtime.sources.uri import Option, split_query
 from dapo_edge.structures import Frame
 
 SLICE_S = 0.1  # longest wait inside an SDK, so that `close` from another thread ends a read soon
@@ -119,10 +119,14 @@ class IndustrialSource(Source):
         """The camera's own name of what it delivers; '' before it is open."""
         return self._reader.name if self._reader else ""
 
+    def _parse(self) -> tuple[dict[str, Any], list[Feature]]:
+        # Other keys are features, which only the camera knows.
+        return split_query(self.uri, self._address.query, self.own_options)
+
     def _open(self) -> Properties:
         self._closing.clear()
         self._forget()
-        self._options, features = split_query(self.uri, self._address.query, self.own_options)
+        self._options, features = self._parse()
         with self._sdk("can't be opened"):
             nodes = self._connect(unquote(self._address.body).strip("/"))
             if nodes.get("AcquisitionMode") not in (None, "Continuous"):  # left over from another program

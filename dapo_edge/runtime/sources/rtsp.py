@@ -23,7 +23,7 @@ from dapo_edge.extras import require
 from dapo_edge.runtime.buffers import BufferPool
 from dapo_edge.runtime.sources.base import Properties, Source
 from dapo_edge.runtime.sources.opencv import ffmpeg_options, quiet
-from dapo_edge.runtime.sources.rtsp_probe import describing, silent
+from dapo_edge.runtime.sources.rtsp_probe import describing, server_of, silent
 from dapo_edge.runtime.sources.uri import number, one_of, options
 from dapo_edge.structures import MAX_PIXELS, MIN_SIDE_PX, Frame
 
@@ -69,11 +69,17 @@ class RtspSource(Source):
         self._index = 0
         self._silent = False
 
-    def _open(self) -> Properties:
+    def _parse(self) -> tuple[str, Settings]:
+        """The camera's URI, and what is asked of us."""
         scheme, _, rest = self._full_uri.partition("://")
         camera_uri, own = take_own(f"{scheme.lower()}://{rest}")  # FFmpeg knows no upper case
         asked = options(self.uri, own, OPTIONS)
-        settings = self._settings = Settings(**{key.removeprefix(OWN_PREFIX): value for key, value in asked.items()})
+        server_of(camera_uri, self.uri)
+        return camera_uri, Settings(**{key.removeprefix(OWN_PREFIX): value for key, value in asked.items()})
+
+    def _open(self) -> Properties:
+        camera_uri, settings = self._parse()
+        self._settings = settings
         cv2 = require("cv2")
         limits = [
             *(cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, round(settings.open_timeout_s * 1e3)),

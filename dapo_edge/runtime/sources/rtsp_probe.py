@@ -55,13 +55,7 @@ def describing(uri: str, shown: str, limit_s: float) -> Iterator[SourceError]:
 
 
 def _asked(uri: str, shown: str, until_s: float, connected: ExitStack) -> SourceError:
-    try:
-        address = urlsplit(uri)
-        host, port = address.hostname, address.port or DEFAULT_PORTS[address.scheme]
-        if not host:
-            raise ValueError("no host")
-    except ValueError:
-        raise SourceRefused(f"'{shown}' names no host and port", f"Write rtsp://host:554/path; {ENCODE}") from None
+    address, host, port = server_of(uri, shown)
     try:
         plain = connected.enter_context(socket.create_connection((host, port), timeout=_left_s(until_s)))
         plain.settimeout(_left_s(until_s))
@@ -76,6 +70,25 @@ def _asked(uri: str, shown: str, until_s: float, connected: ExitStack) -> Source
         cause = f"'{shown}' can't be reached ({reason})"
         raise SourceError(cause, f"Check its name, port and power; {ENCODE}") from None
     return _judged(answer, address, shown)
+
+
+def server_of(uri: str, shown: str) -> tuple[SplitResult, str, int]:
+    """The parts of an RTSP address, its host and its port. Raises `SourceRefused`; asks nobody."""
+    remedy = f"Write rtsp://host:554/path; {ENCODE}"
+    try:
+        address = urlsplit(uri)
+    except ValueError:
+        raise SourceRefused(f"'{shown}' is not an address", remedy) from None
+    host = address.hostname
+    if not host or not host.strip():
+        raise SourceRefused(f"'{shown}' names no host", remedy)
+    try:
+        port = DEFAULT_PORTS[address.scheme] if address.port is None else address.port
+    except ValueError:
+        port = 0
+    if not port:
+        raise SourceRefused(f"'{shown}' has a port that is not a whole number from 1 to 65535", remedy)
+    return address, host, port
 
 
 def silent(shown: str) -> SourceError:

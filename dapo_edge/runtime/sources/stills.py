@@ -31,9 +31,12 @@ class StillSource(Source):
         self._paths: list[Path] = []
         self._next = 0
 
-    def _open(self) -> Properties:
+    def _parse(self) -> Path:
         options(self.uri, self._address.query, self.known_options)
-        self._paths = self._find(path_of(self._address.body))
+        return path_of(self._address.body)
+
+    def _open(self) -> Properties:
+        self._paths = self._find(self._parse())
         self._next = 0
         return Properties(uri=self.uri, length=len(self._paths))
 

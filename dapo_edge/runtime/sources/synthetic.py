@@ -98,10 +98,7 @@ class SyntheticSource(Source):
 
         settings = self._settings
         size, materials = (settings.width, settings.height), settings.materials or tuple(MATERIALS)
-        try:
-            return Belt(size, settings.fps, seed=settings.seed, good_share=good, materials=materials)
-        except RecipeError as error:
-            raise SourceError(f"'{self.uri}' can't be drawn: {error.cause}", error.remedy) from error
+        return Belt(size, settings.fps, seed=settings.seed, good_share=good, materials=materials)
 
     def _parse(self) -> Settings:
         address = self._address
@@ -118,7 +115,19 @@ class SyntheticSource(Source):
         if not MIN_FPS <= settings.fps <= MAX_FPS:
             remedy = f"Use {MIN_FPS:g} to {MAX_FPS:g} frames per second"
             raise SourceError(f"'{self.uri}' has a frame rate out of range", remedy)
+        self._check_drawable(settings)
         return settings
+
+    def _check_drawable(self, settings: Settings) -> None:
+        from dapo_edge.data.flaws import DEFECTS
+        from dapo_edge.data.materials import MATERIALS
+        from dapo_edge.data.surfaces import check_world
+
+        size, materials = (settings.width, settings.height), settings.materials or tuple(MATERIALS)
+        try:
+            check_world(settings.seed, size, materials, tuple(DEFECTS), settings.good, max_defects=1)
+        except RecipeError as error:
+            raise SourceError(f"'{self.uri}' can't be drawn: {error.cause}", error.remedy) from error
 
     def _read(self, timeout_s: float | None) -> Frame | None:
         settings, index = self._settings, self._index

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, unquote
+from urllib.parse import parse_qsl, unquote, urlencode
 
 from dapo_edge.errors import SourceError, SourceRefused, did_you_mean
 
@@ -163,6 +163,13 @@ def options(uri: str, query: str, known: Mapping[str, Option]) -> dict[str, Any]
             cause = f"'{redact(uri)}' has {key}={text}"
             raise SourceRefused(cause, f"The value of '{key}' is {known[key].valid}") from error
     return values
+
+
+def split_query(uri: str, query: str, own: Mapping[str, Option]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Values of the keys that are `own`, and all other pairs as they are, in order. Raises `SourceRefused`."""
+    pairs = parse_qsl(query, keep_blank_values=True)
+    mine = urlencode([pair for pair in pairs if pair[0] in own])
+    return options(uri, mine, own), [pair for pair in pairs if pair[0] not in own]
 
 
 def number(low: float, high: float, unit: str) -> Option:

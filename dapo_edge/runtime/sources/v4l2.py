@@ -26,7 +26,7 @@ from dapo_edge.runtime.buffers import BufferPool
 from dapo_edge.runtime.sources import v4l2_api as api
 from dapo_edge.runtime.sources.base import Properties, Source
 from dapo_edge.runtime.sources.frame_ids import lost_between
-from dapo_edge.runtime.sources.uri import Option, number, options, path_of, whole
+from dapo_edge.runtime.sources.uri import Option, number, options, path_of, split_query, whole
 from dapo_edge.runtime.sources.v4l2_pixels import DECODED, Reader, reader_of
 from dapo_edge.structures import MAX_PIXELS, MIN_SIDE_PX, Frame
 
@@ -72,8 +72,13 @@ class V4l2Source(Source):
         self._sequence: int | None = None
         self._lost = 0
 
+    def _parse(self) -> Path:
+        # Other keys may be controls, which only the camera knows: `_asked` sees to them.
+        split_query(self.uri, self._address.query, OPTIONS)
+        return path_of(self._address.body)
+
     def _open(self) -> Properties:
-        path = path_of(self._address.body)
+        path = self._parse()
         device = self._device = self._opened(path)
         try:
             self._check_kind(device, path)

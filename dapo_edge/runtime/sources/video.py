@@ -12,6 +12,7 @@ import math
 import os
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,9 +50,12 @@ class VideoSource(Source):
         self._lost = 0  # frames to report as failed before `_after_gap`
         self._after_gap: NDArray[np.uint8] | None = None
 
-    def _open(self) -> Properties:
+    def _parse(self) -> Path:
         options(self.uri, self._address.query, {})
-        path = path_of(self._address.body)
+        return path_of(self._address.body)
+
+    def _open(self) -> Properties:
+        path = self._parse()
         check_path(path, "video")
         if not path.is_file():
             raise SourceError(f"'{path}' is not a video file", f"A folder of images is opened as {uri_of('dir', path)}")

@@ -16,7 +16,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 from urllib.parse import parse_qs
 
 from dapo_edge.data.pictures import IMAGE_EXTENSIONS, read_image
@@ -81,11 +81,13 @@ class WatchedFolder(Source):
         self._index = 0
         self._closed = threading.Event()
 
+    def _parse(self) -> tuple[Path, dict[str, Any]]:
+        asked = options(self.uri, self._address.query, OPTIONS)
+        return path_of(self._address.body), asked
+
     def _open(self) -> Properties:
-        address = self._address
-        asked = options(self.uri, address.query, OPTIONS)
+        self._folder, asked = self._parse()
         self._settle_s, self._delete = asked.get("settle_s", 0.2), asked.get("delete", False)
-        self._folder = path_of(address.body)
         check_path(self._folder, "folder")
         if not self._folder.is_dir():
             cause = f"'{self._folder}' is a file, not a folder"
