@@ -13,7 +13,7 @@ rigs: $(READY)
 
 # Two processes share the tests that only compute; those that measure time or hold cameras follow alone.
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not gpu and not alone'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not gpu and not alone'
 	$(BIN)/python -m pytest -m 'alone and not slow and not gpu' --durations 10
 
 test-slow: $(READY)

@@ -1,5 +1,5 @@
 """`python -m dapo_edge` is `dapo-edge`."""
 
-from dapo_edge.cli import main
+from dapo_edge.cli_start import main
 
 main()

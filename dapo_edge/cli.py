@@ -18,8 +18,9 @@ from dapo_edge.cli_calibrate import calibrate
 from dapo_edge.cli_cameras import cameras
 from dapo_edge.cli_compile import compile_
 from dapo_edge.cli_eval import evaluate
-from dapo_edge.cli_line import EXIT_INTERRUPTED, leave
+from dapo_edge.cli_line import leave
 from dapo_edge.cli_run import run
+from dapo_edge.cli_start import EXIT_INTERRUPTED, is_run, on_signals
 from dapo_edge.cli_workshop import build, demo, synth, tune
 from dapo_edge.errors import DapoEdgeError
 from dapo_edge.extras import named_extras
@@ -36,6 +37,7 @@ from dapo_edge.terminal import (
     print_rich,
     progress_bar,
     say,
+    warnings_to_stderr,
 )
 
 backend_option = click.option(
@@ -54,11 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prepare_streams()
     # For the whole process or not at all: errors say what could not be read, and a lost camera is tried for days.
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-    with contextlib.suppress(ValueError):  # not in the main thread: whoever owns it decides
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if not is_run(given):  # which answers signals itself as soon as it has something to end
+        with contextlib.suppress(ValueError):  # not in the main thread: whoever owns it decides
+            on_signals(signal.default_int_handler)
     code = 1
     try:
-        with named_extras():
+        with named_extras(), warnings_to_stderr():
             code = commands.main(args=arguments, prog_name="dapo-edge", standalone_mode=False) or 0
     except DapoEdgeError as error:
         fail(str(error), given)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dapo_edge.errors import SourceError
-from dapo_edge.terminal import as_json, print_json, print_rich, say
+from dapo_edge.terminal import FiniteFloat, as_json, print_json, print_rich, say
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -45,7 +45,7 @@ def list_(producers: tuple[Path, ...], json_output: bool) -> None:
 
 @cameras.command()
 @click.argument("uri")
-@click.option("--seconds", type=click.FloatRange(0.1, 3600), default=5.0, show_default=True, help="How long to watch.")
+@click.option("--seconds", type=FiniteFloat(0.1, 3600), default=5.0, show_default=True, help="How long to watch.")
 @click.option("--frames", type=click.IntRange(min=1), help="Stop after so many frames.")
 @click.option("--save", type=click.Path(path_type=Path), help="Write the last frame as .png or .jpg.")
 @as_json

@@ -11,7 +11,8 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dapo_edge.errors import OutputError, SourceError
+from dapo_edge.cli_start import EXIT_INTERRUPTED
+from dapo_edge.errors import OutputError, RecipeError, SourceError
 from dapo_edge.terminal import say
 
 if TYPE_CHECKING:
@@ -19,12 +20,14 @@ if TYPE_CHECKING:
     from dapo_edge.runtime.inspector import Inspector
     from dapo_edge.runtime.pipeline import Pipeline
     from dapo_edge.runtime.run_config import RunConfig
+    from dapo_edge.runtime.tiling import Views
 
-EXIT_INTERRUPTED = 130
 ABORT_S = 1.0  # for what a second Ctrl-C leaves to do
-OVERTIME_S = 0.9  # after the drain time, to close what can be closed
+OVERTIME_S = 0.7  # after the drain time, to close what can be closed; with the last words, 4.5 s by default
 LAST_WORDS_S = 0.3
-LINE_THREADS = ("camera ", "inspect ", "sink ")  # how the names of a pipeline's threads begin
+MANY_VIEWS = 64  # of one frame; above it, what they cost is said
+REPORTER, LAST_WORDS = "statistics", "last words"
+LINE_THREADS = ("camera ", "inspect ", "sink ", REPORTER, LAST_WORDS)  # how the names of a run's threads begin
 
 
 class LineRun:
@@ -36,12 +39,14 @@ class LineRun:
         self._config = config
         self._stats_every_s = stats_every_s
         self._stdout = Stdout(self._stop)
+        self._sizes: dict[str, tuple[int | None, int | None]] = {}  # of frames, px, by the names of files
         self._prints_json = any(sink.kind == "jsonl" and sink.path is None for sink in config.sinks)
         self._pipeline: Pipeline | None = None
         self._inspector: Inspector | None = None
         self._received: list[int] = []  # signals
         self._alarms: list[threading.Timer] = []
-        self._summarised = False
+        self._summary = threading.Lock()  # never given back: whoever has it prints the summary
+        self._summarised = threading.Event()
 
     def run(self) -> None:
         """Until the sources end, or a signal. Raises what broke, after the summary."""
@@ -89,9 +94,7 @@ class LineRun:
             window_s = config.batch_window_ms / 1e3
             pipeline = Pipeline(inspector, config.cameras, sinks, batch_window_s=window_s, drain_s=config.drain_s)
             opened.pop_all()
-        for camera in config.cameras:
-            if camera.views and camera.views.warning:
-                say(f"note: {camera.name}: {camera.views.warning}")
+        self._say_notes(inspector)
         self._inspector, self._pipeline = inspector, pipeline
 
     def _look_at_files(self) -> RunFacts:
@@ -108,6 +111,7 @@ class LineRun:
                 try:
                     with source:
                         rate = source.properties.fps
+                        self._sizes[plan.name] = (source.properties.width, source.properties.height)
                 except SourceError as error:
                     broken.append(error)
             rates.append(min(filter(None, (rate, plan.fps)), default=None))
@@ -125,8 +129,12 @@ class LineRun:
                 if not self._received:
                     self._pipeline.run()
             except OutputError:
-                if self._stdout.broken is None:  # else it says better what is wrong
+                # A broken stdout says better what is wrong, and who interrupts a run has the summary.
+                if not isinstance(self._stdout.broken, OutputError) and signal.SIGINT not in self._received:
                     raise
+            except BaseException:
+                self._say_last_words(ABORT_S)  # the error must be told, whether anybody reads stdout or not
+                raise
             finally:
                 self._print_summary()
 
@@ -134,6 +142,18 @@ class LineRun:
         return self._pipeline.as_json()[name] if self._pipeline else 0
 
     # What it prints.
+
+    def _say_notes(self, inspector: Inspector) -> None:
+        """What is to be known about regions and tiles before the first frame."""
+        for camera in self._config.cameras:
+            if camera.views is None:
+                continue
+            if camera.views.warning:
+                say(f"note: {camera.name}: {camera.views.warning}")
+            count = _views_per_frame(inspector, camera.views, self._sizes.get(camera.name, (None, None)))
+            if count > MANY_VIEWS:
+                calls = -(-count // inspector.max_batch)
+                say(f"note: {camera.name}: {count} views per frame: about {calls} engine calls per frame")
 
     @contextlib.contextmanager
     def _reporting(self) -> Iterator[None]:
@@ -147,7 +167,7 @@ class LineRun:
             while not ended.wait(self._stats_every_s):
                 self._print_statistics("statistics", self._pipeline.as_json() if self._pipeline else {})
 
-        reporter = threading.Thread(target=report, name="statistics", daemon=True)
+        reporter = threading.Thread(target=report, name=REPORTER, daemon=True)
         reporter.start()
         try:
             yield
@@ -156,18 +176,20 @@ class LineRun:
             reporter.join(LAST_WORDS_S)  # it may be held up by whoever reads stdout
 
     def _print_summary(self) -> None:
-        if self._summarised or self._pipeline is None or self._inspector is None:
+        if not self._pipeline or not self._summary.acquire(blocking=False):
             return
-        self._summarised = True
+        self._print_statistics("summary", self._final_statistics())
+        self._summarised.set()
+
+    def _final_statistics(self) -> dict[str, Any]:
+        assert self._pipeline is not None and self._inspector is not None
         backend = self._inspector.backend
         engine = {"backend": backend.name, "precision": backend.precision, "device": backend.device}
-        self._print_statistics("summary", {**self._pipeline.as_json(), **engine})
+        return {**self._pipeline.as_json(), **engine}
 
     def _print_statistics(self, title: str, statistics: Mapping[str, Any]) -> None:
-        from dapo_edge.outputs.events import statistics_text
-
         if not self._prints_json:
-            say("\n".join(statistics_text(statistics)))
+            _say_statistics(statistics)
         elif self._stdout.broken is None:
             with contextlib.suppress(OutputError):  # kept as `broken`
                 self._stdout.append(json.dumps({title: statistics}, ensure_ascii=False))
@@ -217,11 +239,45 @@ class LineRun:
         self._alarms.append(alarm)
 
     def _exit_now(self, code: int) -> None:
-        # In a thread of its own: whoever reads stdout may be what hangs.
-        last_words = threading.Thread(target=self._print_summary, daemon=True)
-        last_words.start()
-        last_words.join(LAST_WORDS_S)
-        os._exit(code)
+        self._say_last_words(LAST_WORDS_S)
+        os._exit(code or self._code_of_sinks())
+
+    def _say_last_words(self, seconds: float) -> None:
+        """The summary: in half of the time to where it belongs, else to stderr, so that it is somewhere."""
+        if not self._pipeline:
+            return
+        # In threads of their own: whoever reads stdout, or even stderr, may be what hangs.
+        threading.Thread(target=self._print_summary, name=LAST_WORDS, daemon=True).start()
+        if not self._summarised.wait(seconds / 2) and self._prints_json:
+            statistics = self._final_statistics()
+            last_words = threading.Thread(target=_say_statistics, args=(statistics,), name=LAST_WORDS, daemon=True)
+            last_words.start()
+            last_words.join(seconds / 2)
+
+    def _code_of_sinks(self) -> int:
+        """As `run` would have it: a stopped run still says that results were not written."""
+        if not self._pipeline or signal.SIGINT in self._received:
+            return 0
+        broken = isinstance(self._stdout.broken, OutputError)
+        failed = broken or any("error" in sink for sink in self._pipeline.as_json()["sinks"])
+        return OutputError.exit_code if failed else 0
+
+
+def _views_per_frame(inspector: Inspector, views: Views, size: tuple[int | None, int | None]) -> int:
+    """As far as is known before the first frame: tiles can only be counted where the frame's size is known."""
+    width, height = size
+    if width is None or height is None:
+        return len(views.regions)
+    try:
+        return len(inspector.plan(views, (width, height)).boxes)
+    except RecipeError:
+        return 0  # every frame will say so
+
+
+def _say_statistics(statistics: Mapping[str, Any]) -> None:
+    from dapo_edge.outputs.events import statistics_text
+
+    say("\n".join(statistics_text(statistics)))
 
 
 def leave(code: int, threads_before: Sequence[threading.Thread]) -> None:
@@ -235,8 +291,14 @@ def leave(code: int, threads_before: Sequence[threading.Thread]) -> None:
         if thread.daemon and thread.name.startswith(LINE_THREADS)
     ]
     if hanging:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
+        flusher = threading.Thread(target=_flush, daemon=True)
+        flusher.start()
+        flusher.join(LAST_WORDS_S)  # one of those that hang may hold stdout
         os._exit(code)
     sys.exit(code)
+
+
+def _flush() -> None:
+    for stream in (sys.stderr, sys.stdout):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()

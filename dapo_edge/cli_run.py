@@ -15,12 +15,15 @@ from dapo_edge.folders import writing_to
 from dapo_edge.terminal import (
     PACKAGE_PATH,
     PRECISION,
+    FiniteFloat,
     as_json,
+    interrupt,
     map_size_option,
     parse_map_size,
     print_json,
     print_text,
     say,
+    stop_on_signals,
 )
 
 if TYPE_CHECKING:
@@ -38,15 +41,15 @@ PREVIEW_S = 15.0  # a camera opens and sends its first frame within it
 @click.option("--frames", type=click.IntRange(min=1), help="Inspect at most this many frames of each source.")
 @click.option("--out", type=click.Path(path_type=Path), help="Save overlays: a folder for PNG, or a file .mp4.")
 @click.option("--policy", type=click.Choice(["wait", "newest"]), help="When the engine is slower than the sources.")
-@click.option("--max-age-ms", type=float, help="Drop frames that waited longer.")
-@click.option("--fps", type=float, help="Inspect at most so many frames per second of each source.")
+@click.option("--max-age-ms", type=FiniteFloat(), help="Drop frames that waited longer.")
+@click.option("--fps", type=FiniteFloat(), help="Inspect at most so many frames per second of each source.")
 @click.option("--region", "regions", multiple=True, metavar="X,Y,W,H", help="Look at this part only; repeatable.")
 @click.option("--tiles", metavar="SIZE[:OVERLAP]", help="Look at tiles of this size in pixels: 640, 640x480:64.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any key: sources.0.queue=2; repeatable.")
 @map_size_option
 @click.option("--backend", help="Engine that runs the package: openvino (default), or tensorrt.")
 @click.option("--precision", type=PRECISION, help="Override the package's precision.")
-@click.option("--stats-every", type=click.FloatRange(min=0.1), metavar="SECONDS", help="Say how the run is doing.")
+@click.option("--stats-every", type=FiniteFloat(0.1, 86_400), metavar="SECONDS", help="Say how the run is doing.")
 @click.option("--preview", type=click.Path(path_type=Path), help="Draw regions and tiles into a picture, and end.")
 @click.option("--print-config", is_flag=True, help="Print the config that would run, without passwords, and end.")
 @click.option("--schema", is_flag=True, help="Print the run config's JSON schema and end.")
@@ -79,7 +82,8 @@ def run(
     if print_config:
         print_text(loaded.as_yaml().rstrip())
     elif preview:
-        _print_previews(loaded, preview, json_output)
+        with stop_on_signals(interrupt):
+            _print_previews(loaded, preview, json_output)
     else:
         from dapo_edge.cli_line import LineRun
 
@@ -170,10 +174,9 @@ def _print_previews(config: RunConfig, path: Path, json_output: bool) -> None:
         is_only = len(config.sources) == 1
         target = path if is_only else path.with_name(f"{path.stem}-{source.name}{path.suffix}")
         written.append({"camera": source.name, "picture": str(save_picture(target, draw_views(image, layout)))})
+        say(f"{source.name}: {target}")  # at once: a later source may fail
     if json_output:
         print_json({"preview": written})
-    for entry in written:
-        say(f"{entry['camera']}: {entry['picture']}")
 
 
 def _protect_sources(config: RunConfig, path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -14,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from dapo_edge.errors import RecipeError, did_you_mean
 
 MAX_BYTES = 1_000_000
+MAX_VALUES, MAX_LEVELS = 50_000, 100  # of a file, with everything in the place of every *alias
+MOST_MISTAKES = 50  # in one message
 RECIPE_SCHEMA = "dapo-edge build --schema"
 
 
@@ -56,7 +60,7 @@ def parse_yaml(text: str) -> Any:
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(_explained(error)) from None  # its own text quotes the line, which may hold a password
 
 
 def parse_section(
@@ -74,9 +78,15 @@ def parse_section(
         section = model.model_validate_json(_as_json(data, origin))
     except ValidationError as error:
         found = [dict(item) for item in error.errors(include_url=False)]
-        mistakes += [_describe(model, data, item) for item in found if not _is_echo(item)]
+        found = [item for item in found if not _is_echo(item)]
+        mistakes += [_describe(model, data, item) for item in found[:MOST_MISTAKES]]
+        if len(found) > MOST_MISTAKES:
+            mistakes.append(f"and {len(found) - MOST_MISTAKES} more")
     if mistakes:
-        raise RecipeError(f"{origin}: {'; '.join(dict.fromkeys(mistakes))}", f"See the valid keys: {schema}")
+        from dapo_edge.runtime.sources.uri import redact_message
+
+        cause = redact_message(f"{origin}: {'; '.join(dict.fromkeys(mistakes))}")
+        raise RecipeError(cause, f"See the valid keys: {schema}")
     return section
 
 
@@ -97,22 +107,61 @@ def _as_json(data: dict[str, Any], origin: str) -> str:
         raise RecipeError(f"{origin} can't be read: {reason}", "Use only texts, numbers, lists and keys") from error
 
 
+@dataclass
+class _Extent:
+    """How large a part of a file is: values and keys, and levels of lists and mappings in each other."""
+
+    values: int = 1
+    levels: int = 1
+
+    def add(self, inner: _Extent) -> None:
+        self.values += inner.values
+        self.levels = max(self.levels, 1 + inner.levels)
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: a key stands once, a date is text, and 1e-2 is a number."""
+    """YAML as people mean it: a key stands once, a date is text, 1e-2 is a number, and an alias makes no bomb."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (an attribute of the base class)
         first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith(":timestamp")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._extents: dict[yaml.Node | None, _Extent] = {}  # of all that is complete
+        self._begun: list[_Extent] = [_Extent()]  # from the outermost to the innermost
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> Any:
+        """The next node, unless the file would be too large with it."""
+        mark = self.peek_event().start_mark
+        if self.check_event(yaml.AliasEvent):
+            node = super().compose_node(parent, index)
+            extent = self._extents.get(node)
+            if extent is None:
+                raise yaml.composer.ComposerError(None, None, "it contains itself", mark)
+        else:
+            self._begun.append(_Extent())
+            if len(self._begun) > MAX_LEVELS:
+                raise yaml.composer.ComposerError(None, None, "it is nested too deeply", mark)
+            node = super().compose_node(parent, index)
+            extent = self._extents[node] = self._begun.pop()
+        outer = self._begun[-1]
+        outer.add(extent)
+        if outer.values > MAX_VALUES:
+            raise yaml.composer.ComposerError(None, None, f"it stands for more than {MAX_VALUES} values", mark)
+        if outer.levels > MAX_LEVELS:
+            raise yaml.composer.ComposerError(None, None, "it is nested too deeply", mark)
+        return node
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [
+        keys = Counter(
             key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and not key.tag.endswith(":merge")
-        ]
-        twice = {key for key in keys if keys.count(key) > 1}
+        )
+        twice = {key for key, count in keys.items() if count > 1}
         if twice:
             raise yaml.constructor.ConstructorError(
-                None, None, f"the key {', '.join(sorted(twice))} is given twice", node.start_mark
+                None, None, f"the key {', '.join(map(shown_key, sorted(twice)))} is given twice", node.start_mark
             )
         return super().construct_mapping(node, deep)
 
@@ -120,6 +169,17 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
+
+
+def _explained(error: yaml.YAMLError) -> str:
+    """What is wrong and where, without a word of the text itself, be it quoted by PyYAML."""
+    if isinstance(error, yaml.reader.ReaderError):
+        return f"character {error.position + 1} is not allowed in YAML"
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return type(error).__name__  # PyYAML has no others today
+    quotes = r" ?(?:'(?!<[a-z ]+>')[^']{2,}'|\"[^\"]{2,}\")"  # of the text; '<stream end>' and ':' are none
+    problem, mark = re.sub(quotes, "", error.problem or ""), error.problem_mark
+    return f"{problem} (line {mark.line + 1}, column {mark.column + 1})"
 
 
 def _is_echo(item: dict[str, Any]) -> bool:
@@ -138,7 +198,7 @@ def _describe(model: type[BaseModel], data: Any, item: dict[str, Any]) -> str:
     if item["type"].startswith("union_tag_"):
         return _describe_tag(where, item["ctx"])
     text = item["msg"].removeprefix("Value error, ").replace("tuple", "list").replace("Tuple", "List")
-    return f"'{where}' is {_shown(item['input']):.60}: {text[0].lower()}{text[1:]}" if where else text
+    return f"'{where}' is {shown(item['input']):.60}: {text[0].lower()}{text[1:]}" if where else text
 
 
 def _describe_tag(where: str, context: dict[str, Any]) -> str:
@@ -147,14 +207,31 @@ def _describe_tag(where: str, context: dict[str, Any]) -> str:
     if "tag" not in context:
         return f"the key '{where}' is missing"
     valid = [name.strip(" '") for name in context["expected_tags"].split(",")]
-    return f"'{where}' is '{context['tag']}': {did_you_mean(context['tag'], valid)}Valid are {', '.join(valid)}"
+    hint = did_you_mean(context["tag"], valid)
+    return f"'{where}' is {shown(context['tag']):.60}: {hint}Valid are {', '.join(valid)}"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value as Python writes it, without the passwords of the addresses in it."""
+    return repr(_without_passwords(value))
+
+
+def shown_key(key: Any) -> str:
+    """A key of a mapping in a message. What is no name may be a part of an address, as `rtsp://me:my: word@host` is."""
+    return "***" if re.search("[:@=]", str(key)) else str(key)
+
+
+def _without_passwords(value: Any) -> Any:
     from dapo_edge.runtime.sources.uri import redact
 
-    return repr(redact(value)) if isinstance(value, str) else redact(repr(value))
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, (list, tuple)):
+        return [_without_passwords(item) for item in value]
+    if isinstance(value, dict):
+        keys = {key: shown_key(key) if isinstance(key, str) else key for key in value}
+        return {keys[key]: "***" if keys[key] == "***" else _without_passwords(item) for key, item in value.items()}
+    return value
 
 
 def _path(data: Any, location: tuple[Any, ...]) -> str:
@@ -168,7 +245,7 @@ def _path(data: Any, location: tuple[Any, ...]) -> str:
         else:
             continue
         if "[" not in str(part):
-            parts.append(str(part))
+            parts.append(shown_key(part))
     return ".".join(parts)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
+import math
 import os
 import re
 import shutil
@@ -31,6 +33,33 @@ FILE_COLUMNS = 200  # of a table that goes into a file
 
 class ReaderGone(Exception):
     """Whoever read stdout has closed it."""
+
+
+class FiniteFloat(click.FloatRange):
+    """A number of an option in its range, and neither nan nor inf, which click takes for numbers."""
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> float:
+        """The number, or click's usage error."""
+        number = super().convert(value, param, context)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, context)
+        return number
+
+
+class _ClosedStdout(io.TextIOBase):
+    """The stdout of a program that was started without one."""
+
+    def __init__(self) -> None:
+        os.open(os.devnull, os.O_WRONLY)  # for good, so that no other file is opened under the number of stdout
+
+    def write(self, text: str) -> int:
+        raise OutputError("stdout is closed", "Start again without '>&-', or send stdout to a file or to /dev/null")
+
+
+def check_stdout() -> None:
+    """Raises `OutputError` when stdout is closed, before anything is done for it."""
+    if isinstance(sys.stdout, _ClosedStdout):
+        sys.stdout.write("")
 
 
 def print_json(content: Any, indent: int | None = 2) -> None:
@@ -64,13 +93,13 @@ def print_text(text: str) -> None:
 
 def fail(text: str, arguments: Sequence[str]) -> None:
     """One line that says what went wrong, without the passwords that stood in the arguments."""
-    from dapo_edge.runtime.sources.uri import redact
+    from dapo_edge.runtime.sources.uri import redact, redact_message
 
     for argument in arguments:
         if "://" in argument:
             for form in (argument, str(Path(argument))):  # a URI taken for a path loses a slash
                 text = text.replace(form, redact(argument))
-    say(f"error: {text}")
+    say(f"error: {redact_message(text)}")
 
 
 def say(text: str) -> None:
@@ -80,13 +109,42 @@ def say(text: str) -> None:
         sys.stderr.flush()
 
 
+class _Warnings(logging.Handler):
+    """What the library logs, for people: one line on stderr, without passwords and without a traceback."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from dapo_edge.runtime.sources.uri import redact_message
+
+        try:
+            text = " ".join(record.getMessage().split())
+        except Exception:  # a wrong format in a log call must not stop the line
+            self.handleError(record)
+        else:
+            say(f"{record.levelname.lower()}: {redact_message(text)}")
+
+
+@contextlib.contextmanager
+def warnings_to_stderr() -> Iterator[None]:
+    """Say what dapo-edge logs at level WARNING and above."""
+    log, handler = logging.getLogger("dapo_edge"), _Warnings(logging.WARNING)
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+
+
 def prepare_streams() -> None:
-    """UTF-8 whatever the locale says, and names that are no text as escapes; a closed stream swallows what it gets."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 (stays open as long as the process)
-        elif hasattr(stream, "reconfigure"):
+    """UTF-8 whatever the locale says, and names that are no text as escapes.
+
+    A closed stderr swallows what it gets; a closed stdout refuses it by `OutputError`.
+    """
+    if sys.stdout is None:
+        sys.stdout = _ClosedStdout()
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 (stays open as long as the process)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 

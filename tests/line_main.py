@@ -22,8 +22,10 @@ from line_fakes import FakeInspector
 import dapo_edge.runtime.inspector
 from dapo_edge.cli import main
 from dapo_edge.errors import BackendError, FrameError
+from dapo_edge.kernels.map_spec import MapSpec
 from dapo_edge.package import Thresholds
 from dapo_edge.runtime.sources import SOURCES, Properties, Source
+from dapo_edge.runtime.tiling import Plan, Views, plan
 from dapo_edge.structures import Frame, Inspection
 
 
@@ -64,6 +66,7 @@ class Engine(FakeInspector):
         seconds = float(os.environ.get("DAPO_TEST_ENGINE_MS", 0)) / 1e3
         super().__init__(seconds=seconds, concurrency=max(1, len(self.ways)))
         self.thresholds = Thresholds()
+        self.max_batch = 4
         self.options = options
 
     def __enter__(self) -> Engine:
@@ -71,6 +74,9 @@ class Engine(FakeInspector):
 
     def __exit__(self, *error: object) -> None:
         pass
+
+    def plan(self, views: Views, frame_size: tuple[int, int]) -> Plan:
+        return plan(views, frame_size, MapSpec(96, (6, 6), 0.07, False, 2.0, "max"), "model")
 
     def inspect_batch(self, frames: Sequence[Frame], views: Sequence[Any]) -> list[Inspection | FrameError]:
         way = self.ways.pop(0) if self.ways else ""

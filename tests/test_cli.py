@@ -169,9 +169,9 @@ def test_weights_without_a_network(tiny_fields: dict[str, Any], tmp_path: Path) 
     assert not list(tmp_path.glob("*.dapo"))
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
+def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [*RUN, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+        [*RUN, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1, **options
     )
 
 
@@ -222,13 +222,21 @@ def test_a_reader_that_goes_away(package: EnginePackage) -> None:
     result = subprocess.run(["bash", "-c", command], capture_output=True, encoding="utf-8", timeout=60, check=False)
     assert json.loads(result.stdout)["index"] == 0
     assert result.returncode == 0
-    assert "error" not in result.stderr
+    assert result.stderr == ""
 
 
 def test_closed_streams_do_not_stop_the_line(package: EnginePackage, tmp_path: Path) -> None:
-    for closed in (">&-", "2>&-", ">&- 2>&-"):
-        command = f"{' '.join(RUN)} run {package.path} 'synthetic://64x64@30?frames=2' --json --out {tmp_path} {closed}"
+    for closed in (">&-", "--json 2>&-", ">&- 2>&-"):
+        command = f"{' '.join(RUN)} run {package.path} 'synthetic://64x64@30?frames=2' --out {tmp_path} {closed}"
         assert subprocess.run(["bash", "-c", command], capture_output=True, timeout=60, check=False).returncode == 0
+
+
+def test_results_that_nobody_can_get_are_an_error(package: EnginePackage) -> None:
+    for command in (f"run {package.path} 'synthetic://64x64@30?frames=2' --json", f"show {package.path}"):
+        result = subprocess.run(
+            ["bash", "-c", f"{' '.join(RUN)} {command} >&-"], capture_output=True, text=True, timeout=60, check=False
+        )
+        refused(1, "stdout is closed", result=result)
 
 
 def test_output_is_utf8_whatever_the_locale_says(package: EnginePackage, tmp_path: Path) -> None:
@@ -299,7 +307,7 @@ def test_passwords_are_never_printed(package: EnginePackage, tmp_path: Path) -> 
         ["run", package.path, "synthetic://64x64?token=geheim"],
     ):
         result = dapo_edge(*arguments)
-        assert result.returncode in (3, 5)
+        assert result.returncode in (2, 3, 5)
         assert "geheim" not in result.stdout + result.stderr
         assert result.stderr.count("error:") == 1
 
@@ -307,7 +315,8 @@ def test_passwords_are_never_printed(package: EnginePackage, tmp_path: Path) -> 
 def test_paths_with_at_signs_are_not_taken_for_passwords(package: EnginePackage, tmp_path: Path) -> None:
     for name in ("10:30@cam1.png", "me@plant.png", "pass=2.png"):
         refused(5, name, result=dapo_edge("run", package.path, tmp_path / name))
-        refused(5, name, result=dapo_edge("run", package.path, name, cwd=tmp_path))
+        if "=" not in name:  # without a folder it can't be told from a setting that holds a password
+            refused(5, name, result=dapo_edge("run", package.path, name, cwd=tmp_path))
 
 
 def test_sigterm_in_the_middle_of_a_video(package: EnginePackage, tmp_path: Path) -> None:

@@ -94,6 +94,8 @@ def test_what_can_not_be_opened_says_why(tmp_path: Path) -> None:
     assert result.stdout == ""
 
 
-@pytest.mark.parametrize("arguments", [("--seconds", 0), ("--frames", 0), ("--save", "picture.txt")])
+@pytest.mark.parametrize(
+    "arguments", [("--seconds", 0), ("--seconds", "nan"), ("--frames", 0), ("--save", "picture.txt")]
+)
 def test_wrong_options_are_usage_errors(arguments: tuple[object, ...]) -> None:
     assert run("probe", "synthetic://96x64@30", *arguments).exit_code == 2

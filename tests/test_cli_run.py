@@ -1,13 +1,11 @@
-"""`dapo-edge run` with a fake engine: configs, options, previews, statistics, and how it stops whatever hangs."""
+"""`dapo-edge run` with a fake engine: configs, options, previews, statistics. Its end is in test_cli_run_stop.py."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -138,6 +136,13 @@ def test_options_win_over_the_config(dapo_edge: Any, tmp_path: Path, monkeypatch
         (["p.dapo", "scripted://a", "--set", "sources.0.uri"], 2, "sets nothing"),
         (["p.dapo", "scripted://a", "--backend", "openvin"], 2, "Did you mean 'openvino'?"),
         (["p.dapo", "scripted://a", "--stats-every", "0"], 2, "--stats-every"),
+        (["p.dapo", "scripted://a", "--stats-every", "nan"], 2, "'nan' is not a finite number"),
+        (["p.dapo", "scripted://a", "--stats-every", "inf"], 2, "--stats-every"),
+        (["p.dapo", "scripted://a", "--fps", "nan"], 2, "'--fps': 'nan' is not a finite number"),
+        (["p.dapo", "scripted://a", "--fps", "inf"], 2, "'--fps': 'inf' is not a finite number"),
+        (["p.dapo", "scripted://a", "--max-age-ms", "nan"], 2, "'--max-age-ms': 'nan' is not"),
+        (["p.dapo", "scripted://a", "--max-age-ms", "inf"], 2, "'--max-age-ms': 'inf' is not"),
+        (["p.dapo", "scripted://a", "--set", "sources.0.silence_s=.nan"], 2, "finite number"),
         (["--config", "none.yaml"], 2, "can't be read"),
         (["p.dapo", "rtps://cam/1"], 5, "unknown kind"),
         (["p.dapo", "scripted://a", "--preview", "x.bmp"], 1, "not the name of a picture"),
@@ -250,10 +255,31 @@ def test_a_preview_of_each_source(dapo_edge: Any, engine: list[Engine], package:
         assert refused.code == 1
         assert "is where the source" in refused.err
     assert [path.name for path in (tmp_path / "parts").iterdir()] == ["a.png"]
+    with scripted(a=[[0], []]):
+        ScriptedSource.shape = (64, 64, 3)
+        try:
+            later = dapo_edge("run", package.path, "scripted://a", "scripted://a", "--preview", tmp_path / "some.png")
+        finally:
+            ScriptedSource.shape = (16, 16, 3)
+    assert (later.code, later.err.splitlines()[0]) == (5, f"camera1: {tmp_path / 'some-camera1.png'}")
+    assert (tmp_path / "some-camera1.png").exists(), "and that it does is said, though a later source fails"
     with scripted(a=[[FrameError("torn", "mend it")]]):
         empty = dapo_edge("run", package.path, "scripted://a", "--preview", tmp_path / "no.png")
     assert (empty.code, (tmp_path / "no.png").exists()) == (5, False)
     assert "gave no frame" in empty.err
+
+
+def test_what_many_views_cost_is_said(dapo_edge: Any) -> None:
+    calls = {"64": "121 views per frame: about 31 engine calls per frame", "320": None}
+    for size, message in calls.items():
+        done = dapo_edge("run", "p.dapo", "synthetic://640x640?frames=1", "--tiles", f"{size}:4", "--json")
+        assert done.code == 0, done.err
+        assert ("views per frame" in done.err) == (message is not None)
+        assert message is None or f"note: camera1: {message}" in done.err
+    regions = [option for number in range(65) for option in ("--region", f"{number},0,32,32")]
+    with scripted(a=[range(1)] * 2):
+        done = dapo_edge("run", "p.dapo", "scripted://a", *regions)
+    assert "note: camera1: 65 views per frame: about 17 engine calls per frame" in done.err
 
 
 def test_statistics_now_and_then(dapo_edge: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,124 +303,3 @@ def test_schema_and_printed_config_need_no_package(dapo_edge: Any, tmp_path: Pat
     printed = dapo_edge("run", "--config", config, "--print-config")
     assert "geheim" not in printed.out + printed.err
     assert yaml.safe_load(printed.out)["sources"][0]["uri"] == "rtsp://***@cam/1"
-
-
-# What signals do, in a process of its own.
-
-
-def start(*arguments: object, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [*LINE, "run", "p.dapo", *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**ENVIRONMENT, **environment},
-    )  # fmt: skip
-
-
-def line_of(process: subprocess.Popen[str]) -> Any:
-    assert process.stdout is not None
-    return json.loads(process.stdout.readline())
-
-
-def until_frame(process: subprocess.Popen[str]) -> None:
-    while "index" not in line_of(process):
-        pass
-
-
-def ended(process: subprocess.Popen[str], within_s: float) -> tuple[int, list[Any], str]:
-    started = time.monotonic()
-    output, errors = process.communicate(timeout=60)
-    seconds = time.monotonic() - started
-    assert seconds <= within_s, errors
-    assert "Traceback" not in errors
-    return process.returncode, [json.loads(line) for line in output.splitlines()], errors
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_hanging_camera_does_not_hold_up_the_end(number: int, code: int) -> None:
-    process = start("hang://a?frames=3", "slow://20", "--json")
-    while True:
-        line = line_of(process)
-        if isinstance(line.get("camera"), dict) and line["camera"]["state"] == "stalled":
-            break
-    process.send_signal(number)
-    returned, lines, errors = ended(process, 5.0)
-    assert returned == code, errors
-    summary = lines[-1]["summary"]
-    assert summary["captured"] == summary["inspected"] + summary["dropped"]
-    assert summary["in_flight"] == 0
-    assert summary["cameras"][1]["inspected"] > 3, "the other camera went on"
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_everything_captured_comes_out(number: int) -> None:
-    process = start("slow://1", "--policy", "wait", "--json", DAPO_TEST_ENGINE_MS="100")
-    until_frame(process)
-    process.send_signal(number)
-    _, lines, _ = ended(process, 5.0)
-    summary = lines[-1]["summary"]
-    assert summary["captured"] == summary["inspected"] == 1 + len([line for line in lines if "index" in line])
-
-
-def test_an_engine_that_hangs_does_not_hold_up_the_end() -> None:
-    process = start("slow://5", "--json", "--set", "drain_s=0.5", DAPO_TEST_ENGINE_MS="60000")
-    time.sleep(2)
-    process.send_signal(signal.SIGTERM)
-    returned, lines, errors = ended(process, 5.0)
-    assert returned == 0, errors
-    summary = lines[-1]["summary"]
-    assert summary["captured"] == summary["dropped"] + summary["failed"] + summary["in_flight"] > 1
-
-
-def test_a_second_interrupt_stops_at_once() -> None:
-    process = start("slow://1", "--policy", "wait", "--json", "--set", "sources.0.queue=50", DAPO_TEST_ENGINE_MS="100")
-    for _ in range(2):
-        until_frame(process)
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    returned, lines, _ = ended(process, 2.0)
-    assert returned == 130
-    summary = lines[-1]["summary"]
-    assert summary["dropped_by"]["shutdown"] > 20
-    assert summary["captured"] == summary["inspected"] + summary["dropped"]
-
-
-def test_stopping_while_the_engine_loads() -> None:
-    for number, code in ((signal.SIGTERM, 0), (signal.SIGINT, 130)):
-        process = start("slow://5", DAPO_TEST_LOADING_S="30")
-        time.sleep(2.5)
-        process.send_signal(number)
-        assert ended(process, 2.0)[0] == code
-
-
-def test_a_reader_that_goes_away_ends_the_run() -> None:
-    process = start("slow://1", "--json")
-    until_frame(process)
-    assert process.stdout is not None
-    process.stdout.close()
-    assert process.stderr is not None
-    with process.stderr:
-        errors = process.stderr.read()
-    assert (process.wait(timeout=10), "error" in errors) == (0, False), errors
-
-
-def test_a_reader_that_sleeps_does_not_stall_cameras(tmp_path: Path) -> None:
-    """The results of a live camera go on while nobody empties the pipe; what finds no room is counted."""
-    process = start("slow://1", "--json", "--set", "drain_s=1", "--set", "sinks.1.kind=jsonl",
-                    "--set", f"sinks.1.path={tmp_path / 'r.jsonl'}")  # fmt: skip
-    until_frame(process)
-    time.sleep(4)
-    process.send_signal(signal.SIGTERM)
-    time.sleep(2.5)
-    assert process.poll() == 0, "although stdout is still full"
-    process.communicate()
-    written = len((tmp_path / "r.jsonl").read_text().splitlines())
-    assert written > 1500
-
-
-def test_files_lose_no_line_to_a_slow_reader() -> None:
-    process = start("synthetic://64x64?frames=1500&loop=4", "--json")
-    time.sleep(3)
-    _, lines, _ = ended(process, 30.0)
-    assert [line["index"] for line in lines[:-1]] == list(range(1500))
-    assert lines[-1]["summary"]["sinks"] == [{"name": "jsonl", "written": 1500, "lost": 0, "failed": 0}]

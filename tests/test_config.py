@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import yaml
 
 from dapo_edge.config import PARTS, load_recipe, parse_recipe, recipe_schema
 from dapo_edge.errors import RecipeError
+from dapo_edge.sections import parse_yaml
 
 VALID: dict[str, Any] = {"name": "a", "backbone": {"model": "ViT-B-16"}, "prompts": {"defects": ["scratch"]}}
 
@@ -152,6 +154,50 @@ def test_odd_yaml(tmp_path: Path, text: str, message: str | None) -> None:
         return
     with pytest.raises(RecipeError, match=message):
         load_recipe(tmp_path / "r.yaml")
+
+
+def doubled(times: int) -> str:
+    """A list of two to the power of `times` ones, as aliases of aliases."""
+    return "a0: &a0 1\n" + "".join(
+        f"a{number + 1}: &a{number + 1} [*a{number}, *a{number}]\n" for number in range(times)
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (doubled(60), "it stands for more than 50000 values (line "),
+        ("seed: &a [" + "1, " * 20 + "]\nx: [" + "*a, " * 3000 + "]\n", "it stands for more than 50000 values (line 2"),
+        ("x: [" + "1," * 400_000 + "]\n", "it stands for more than 50000 values (line 1"),
+        ("name: &a [*a]\n", "it contains itself (line 1, column 11)"),
+        ("&a\nname: x\nprompts: *a\n", "it contains itself (line 3, column 10)"),
+        ("&a\n<<: *a\nname: x\n", "it contains itself (line 2, column 5)"),
+        ("x: " + "[" * 120 + "]" * 120, "it is nested too deeply (line 1, column 10"),
+        (f"a: &a {'[' * 60}1{']' * 60}\nb: {'[' * 60}*a{']' * 60}", "it is nested too deeply (line 2"),
+        ("".join(f"key{number}: 1\n" for number in range(10_000)), "'key40' (valid keys are"),
+    ],
+)
+def test_bombs_are_refused_at_once_in_one_short_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    started = time.perf_counter()
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(tmp_path / "r.yaml")
+    assert time.perf_counter() - started < 10
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 20_000
+    assert caught.value.exit_code == 2
+
+
+def test_aliases_are_fine_where_they_stand_for_little(tmp_path: Path) -> None:
+    text = "name: a\nbackbone: &b {model: x}\nprompts: {defects: &d [cut, dent]}\n"
+    (tmp_path / "r.yaml").write_text(text + "map: &m {smoothing_px: 2}\n")
+    assert len(load_recipe(tmp_path / "r.yaml").prompts.defects) == 2
+    assert parse_yaml(doubled(10))["a10"][0] == parse_yaml(doubled(9))["a9"]
+
+
+def test_of_many_mistakes_the_first_are_named() -> None:
+    with pytest.raises(RecipeError, match=r"unknown key 'k0'.*; and 153 more\. See the valid keys"):
+        parse_recipe({**VALID, **{f"k{number}": 1 for number in range(203)}})
 
 
 def test_a_tuning_plan_has_a_default_for_everything() -> None:

@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dapo_edge.errors import FrameError
+from dapo_edge.errors import DependencyMissing, FrameError
 from dapo_edge.structures import MAX_PIXELS, MIN_SIDE_PX
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def picture_size(path: str | Path, kind: str = "image") -> tuple[int, int]:
 
 
 def _load(path: Path, kind: str, take: Callable[[Image], T]) -> T:
-    """What `take` makes of a file, or a `FrameError` that calls it a `kind`."""
+    """What `take` makes of a file, or a `FrameError` that calls it a `kind`. Raises `DependencyMissing`."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -86,6 +86,9 @@ def _load(path: Path, kind: str, take: Callable[[Image], T]) -> T:
             return take(_opened(file, path, kind))
     except FrameError:
         raise
+    except ImportError as error:
+        cause = f"the Python package 'PIL' can't be imported ({error})"
+        raise DependencyMissing(cause, "Install it: pip install pillow") from error
     except MemoryError as error:
         raise FrameError(f"the {kind} '{path}' does not fit into memory", "Use a smaller image") from error
     except FileNotFoundError as error:

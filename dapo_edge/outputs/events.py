@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
+from urllib.parse import unquote
 
 from dapo_edge.runtime.outcome import CameraEvent, Outcome
 from dapo_edge.structures import Frame
@@ -44,12 +45,12 @@ def _gap(frame: Frame) -> dict[str, Any]:
     return {**({"lost": frame.lost} if frame.lost else {}), **({"resumed": True} if frame.resumed else {})}
 
 
-def frame_text(outcome: Outcome) -> str:
-    """The same for people, in one line."""
+def frame_text(outcome: Outcome, *, by_name: bool = False) -> str:
+    """The same for people, in one line. `by_name`: the camera's name says enough, without its whole address."""
     frame, result = outcome.frame, outcome.inspection
-    camera = f"{outcome.camera}  " if outcome.camera else ""
+    place = _place(outcome, by_name)
     if frame is None or result is None:
-        return f"{camera}{outcome.source} #{outcome.index}  failed: {outcome.error}"
+        return f"{place} #{outcome.index}  failed: {outcome.error}"
     time = datetime.fromtimestamp(frame.timestamp_ns / 1e9).strftime("%H:%M:%S.%f")[:-3]
     stages = ", ".join(f"{stage} {ms:.1f}" for stage, ms in result.ms.items() if stage != "total")
     regions = [
@@ -60,9 +61,17 @@ def frame_text(outcome: Outcome) -> str:
     gap = [f"{frame.lost} lost before it"] if frame.lost else []
     gap += ["first after a loss"] if frame.resumed else []
     return (
-        f"{camera}{frame.source} #{frame.index} {time}  {result.verdict:6} score {result.score:.3f}  "
+        f"{place} #{frame.index} {time}  {result.verdict:6} score {result.score:.3f}  "
         f"{result.ms['total']:.1f} ms ({stages})  {', '.join(gap + regions)}"
     ).rstrip()
+
+
+def _place(outcome: Outcome, by_name: bool) -> str:
+    """Where a frame comes from: its camera, and the file of a picture."""
+    source = outcome.source
+    if by_name:
+        source = unquote(source.rpartition("/")[2]) if source.startswith("image:") else ""
+    return "  ".join(filter(None, (outcome.camera, source)))
 
 
 def camera_json(event: CameraEvent) -> dict[str, Any]:
@@ -91,7 +100,8 @@ def camera_text(event: CameraEvent) -> str:
 def statistics_text(statistics: Mapping[str, Any]) -> list[str]:
     """A pipeline's statistics for people: one line, then one for each camera where there are several.
 
-    Sinks that lost or failed entries have a line each. A summary also says which "device" and "precision" it was.
+    Sinks that lost or failed entries have a line each, with their first error. A summary also says which "device" and
+    "precision" it was.
     """
     verdicts = ", ".join(f"{count} {verdict}" for verdict, count in statistics["verdicts"].items())
     engine = f" on {statistics['device']}, {statistics['precision']}" if "device" in statistics else ""
@@ -100,9 +110,10 @@ def statistics_text(statistics: Mapping[str, Any]) -> list[str]:
     if len(statistics["cameras"]) > 1:
         lines += [_camera(camera) for camera in statistics["cameras"]]
     for sink in statistics["sinks"]:
-        if sink["lost"] or sink["failed"]:
+        error = sink.get("error")
+        if sink["lost"] or sink["failed"] or error:
             counts = ", ".join(f"{sink[name]} {name}" for name in ("written", "lost", "failed"))
-            lines.append(f"sink {sink['name']}: {counts}")
+            lines.append(f"sink {sink['name']}: {counts}" + (f"; {error}" if error else ""))
     return lines
 
 

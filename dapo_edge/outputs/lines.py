@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Protocol
 
 from dapo_edge.errors import OutputError
-from dapo_edge.terminal import ReaderGone, print_text
+from dapo_edge.terminal import ReaderGone, check_stdout, print_text
 
 MAX_MB = 100.0
 KEEP = 9
+STREAMS = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/self/fd/")
 
 
 class Lines(Protocol):
@@ -49,9 +50,15 @@ class LineFile:
     def open(self) -> None:
         """Make the folder and the file. Raises `OutputError`."""
         try:
+            if str(self.path).startswith(STREAMS):  # where stdout goes into a file, its rotation would move the name
+                raise OSError(errno.ESPIPE, os.strerror(errno.ESPIPE))
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._reopen()
         except (OSError, ValueError) as error:
+            self.close()
+            if getattr(error, "errno", None) in (errno.ESPIPE, errno.ENXIO):
+                remedy = "Name a file; for lines to stdout, leave the path out"
+                raise OutputError(f"'{self.path}' is a stream, which is no file to append to", remedy) from error
             raise OutputError.refused(self.path, error) from error
 
     def append(self, line: str) -> None:
@@ -107,14 +114,18 @@ class LineFile:
 
 
 class Stdout:
-    """Lines to stdout. The first failure is kept in `broken` and told to `on_broken`; no line is tried after it."""
+    """Lines to stdout. The first failure is kept in `broken` and told to `on_broken`; no line is tried after it.
+
+    That the reader goes away is his good right (`| head`): what comes after it is let go without an error.
+    """
 
     def __init__(self, on_broken: Callable[[], object] = lambda: None) -> None:
         self.on_broken = on_broken
         self.broken: OutputError | ReaderGone | None = None
 
     def open(self) -> None:
-        """Nothing to do: whether anybody reads shows with the first line."""
+        """Raises `OutputError` when stdout is closed; whether anybody reads shows with the first line."""
+        check_stdout()
 
     def append(self, line: str) -> None:
         """Write one line. Raises `OutputError` for it and all after it when stdout can't be written."""
@@ -127,7 +138,6 @@ class Stdout:
                 self.on_broken()
         if isinstance(self.broken, OutputError):
             raise self.broken
-        raise OutputError("nobody reads stdout any more", "Start again with a reader that stays")
 
     def close(self) -> None:
         """Stdout stays open."""

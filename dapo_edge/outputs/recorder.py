@@ -17,13 +17,14 @@ from dapo_edge.errors import OutputError
 from dapo_edge.extras import require
 from dapo_edge.outputs.labels import Image
 from dapo_edge.outputs.sheet import checked, letterbox
+from dapo_edge.outputs.shelf import stamped, unused
 from dapo_edge.structures import Frame
 
 STILL_EXTENSIONS = (".png", ".jpg", ".jpeg")
 OTHER_IMAGE_EXTENSIONS = (".bmp", ".gif", ".tif", ".tiff", ".webp")
 OTHER_VIDEO_EXTENSIONS = (".avi", ".m4v", ".mkv", ".mov", ".webm")
 MAX_FPS = 1000.0
-MAX_STEM = 48  # letters; of up to 4 bytes each, they leave room in the 255 bytes that file systems allow
+MAX_STEM = 32  # letters; of up to 4 bytes each, they leave room in the 255 bytes that file systems allow
 REMEMBERED_NAMES = 10_000  # a line runs for years: what is remembered must not grow with it
 SPARE_BYTES = 1 << 20  # for a video's index, which is written last
 
@@ -45,38 +46,42 @@ class Recorder:
             raise OutputError(f"pictures of kind '{extension}' can't be written", "Use .png, .jpg, or a folder")
         if not 0 < fps <= MAX_FPS:
             raise OutputError(f"a video can't have {fps} frames per second", f"Use more than 0 and up to {MAX_FPS:g}")
+        self.folder, self.extension = self.path.parent, extension
+        self.stem: str | None = self.path.stem  # of the files' names; None: each frame has its own
         self._keeper: _Keeper
         self._is_video = extension == ".mp4"
         if extension == ".mp4":
             # OpenCV crashes on a name that is not text.
             if str(self.path) != str(self.path).encode(errors="replace").decode():
                 raise OutputError(f"the name {str(self.path)!a} is not text in UTF-8", "Use another name")
-            self._folder, self._keeper = self.path.parent, _Video(self.path, fps)
-        elif names_pictures(self.path):
-            self._folder, self._keeper = self.path.parent, _Stills(self.path.parent, self.path.stem, extension)
+            self._keeper = _Video(self.path, fps)
         else:
-            self._folder, self._keeper = self.path, _Stills(self.path, None, ".png")
+            if not names_pictures(self.path):
+                self.folder, self.stem, self.extension = self.path, None, ".png"
+            self._keeper = _Stills(self.folder, self.stem, self.extension)
 
     def open(self) -> Recorder:
         """Make the folder and try to write there, so that a wrong path shows before the first frame."""
         try:
             if self._is_video and self.path.is_dir():
                 raise OutputError(f"'{self.path}' is a folder, not a video", "Use another name")
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self._folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
                 pass
             if self._is_video:
-                _remove_unfinished(self.path)
+                remove_unfinished(self.folder, self.path.stem)
             return self
         except (OSError, ValueError) as error:
-            raise OutputError.refused(self._folder, error) from error
+            raise OutputError.refused(self.folder, error) from error
 
-    def write(self, image: Image, frame: Frame | None = None) -> Path:
+    def write(self, image: Image, frame: Frame | None = None, *, stem: str = "", timed: bool = False) -> Path:
         """Keep a picture, [H, W, 3] uint8 BGR, named after the frame if one is given. Returns where it is or will be.
 
-        In a video, pictures of another size than the first are fitted into it between dark bars.
+        The name of a single picture begins with `stem`, else with that of the path, else with the source's; with
+        `timed` it holds the moment of the frame, too: `stamped` says how. In a video, pictures of another size than
+        the first are fitted into it between dark bars.
         """
-        return self._keeper.write(checked(image), frame)
+        return self._keeper.write(checked(image), frame, stem, timed)
 
     def close(self) -> None:
         """Complete the video; nothing for single pictures."""
@@ -113,7 +118,7 @@ def save_picture(path: Path, image: Image) -> Path:
 
 
 class _Keeper(Protocol):
-    def write(self, image: Image, frame: Frame | None) -> Path: ...
+    def write(self, image: Image, frame: Frame | None, stem: str, timed: bool) -> Path: ...
 
     def close(self) -> None: ...
 
@@ -128,12 +133,16 @@ class _Stills:
         self._count = 0
         self._names: OrderedDict[str, None] = OrderedDict()  # the latest, oldest first
 
-    def write(self, image: Image, frame: Frame | None) -> Path:
-        return save_picture(self._folder / self._name(frame), image)
+    def write(self, image: Image, frame: Frame | None, stem: str, timed: bool) -> Path:
+        stem = stem or self._stem or (stem_of(frame.source) if frame else "frame")
+        if timed and frame is not None:
+            path = unused(self._folder / (stamped(stem, frame) + self._extension))
+        else:
+            path = self._folder / self._name(stem, frame)
+        return save_picture(path, image)
 
-    def _name(self, frame: Frame | None) -> str:
-        """A name not yet used by this recorder: two cameras may deliver frames of equal name and index."""
-        stem = self._stem or (_stem_of(frame.source) if frame else "frame")
+    def _name(self, stem: str, frame: Frame | None) -> str:
+        """A name not yet used by this recorder: two sources may deliver frames of equal name and index."""
         name = f"{stem}-{self._count if frame is None else frame.index:06d}"
         self._count += 1
         unique, number = name, 2
@@ -159,7 +168,7 @@ class _Video:
         self._size = (0, 0)  # width, height in pixels
         self._count = 0
 
-    def write(self, image: Image, frame: Frame | None) -> Path:
+    def write(self, image: Image, frame: Frame | None, stem: str, timed: bool) -> Path:
         cv2 = require("cv2")
         if self._writer is None:
             # The encoder drops the last row or column of an odd size.
@@ -196,9 +205,9 @@ class _Video:
             self._part.unlink(missing_ok=True)
 
 
-def _remove_unfinished(path: Path) -> None:
-    """Remove what recordings of the same video left behind when they were killed."""
-    for part in path.parent.glob(f".{glob.escape(path.stem)}.*.part.mp4"):
+def remove_unfinished(folder: Path, stem: str, pattern: str = "") -> None:
+    """Remove what recordings of the video `stem` left behind when they were killed; `pattern` may follow the stem."""
+    for part in folder.glob(f".{glob.escape(stem)}{pattern}.*.part.mp4"):
         owner = part.name.split(".")[-3]
         if owner.isdecimal() and not Path(f"/proc/{owner}").exists() and Path("/proc/self").exists():
             part.unlink(missing_ok=True)
@@ -213,7 +222,7 @@ def _frames_in(cv2: Any, path: Path) -> int:
         capture.release()
 
 
-def _stem_of(source: str) -> str:
+def stem_of(source: str) -> str:
     """The readable end of a source's address, as a part of a file name."""
     scheme, _, rest = source.partition("://")
     path = unquote(rest.partition("?")[0] or scheme).rstrip("/")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,7 +16,9 @@ from pydantic import Field
 
 from dapo_edge.outputs.events import camera_json, camera_text, frame_json, frame_text
 from dapo_edge.outputs.lines import KEEP, MAX_MB, LineFile, Lines, Stdout
-from dapo_edge.outputs.recorder import Recorder
+from dapo_edge.outputs.recorder import Recorder, stem_of
+from dapo_edge.outputs.segments import Segments
+from dapo_edge.outputs.shelf import Shelf
 from dapo_edge.runtime.outcome import CameraEvent, Outcome, Sink
 from dapo_edge.runtime.plan import Policy, SinkPlan
 from dapo_edge.sections import Section
@@ -25,7 +27,8 @@ from dapo_edge.terminal import say
 
 VERDICTS: tuple[Verdict, ...] = ("ng", "unsure", "ok")
 FALLBACK_FPS = 25.0
-NAME = r"^[A-Za-z0-9_][A-Za-z0-9_. -]*$"  # of cameras and sinks; becomes a part of file names
+SEGMENT_S = 60.0
+NAME = r"^[A-Za-z0-9_]([A-Za-z0-9_. -]*[A-Za-z0-9_.-])?$"  # of cameras and sinks; becomes a part of file names
 MAX_NAME = 64
 
 
@@ -37,6 +40,11 @@ class RunFacts:
     files: frozenset[str] = frozenset()  # those of them that are no cameras
     fps: float | None = None  # of the first source, where it is known
     stdout: Stdout = field(default_factory=Stdout)
+
+    @property
+    def several(self) -> bool:
+        """Whether results must say which source they are of."""
+        return len(self.sources) > 1
 
     def is_news(self, event: CameraEvent) -> bool:
         """Whether a change of state is worth a line. That a file begins and ends is not; that it breaks off is."""
@@ -71,6 +79,8 @@ class JsonLinesOptions(_Options):
 
 class JsonLines:
     """Results and cameras as JSON, one line each."""
+
+    draws = False
 
     def __init__(self, options: JsonLinesOptions, run: RunFacts) -> None:
         self.name = options.name or options.kind
@@ -108,6 +118,8 @@ class TextLinesOptions(_Options):
 class TextLines:
     """Results and cameras for people, one line each on stderr."""
 
+    draws = False
+
     def __init__(self, options: TextLinesOptions, run: RunFacts) -> None:
         self.name = options.name or options.kind
         self._run = run
@@ -117,7 +129,8 @@ class TextLines:
 
     def write(self, outcome: Outcome) -> None:
         """One line for one frame."""
-        say(frame_text(outcome))
+        is_known = self._run.several or outcome.camera not in self._run.files
+        say(frame_text(outcome, by_name=bool(outcome.camera) and is_known))
 
     def note(self, event: CameraEvent) -> None:
         """One line for a camera's change of state."""
@@ -133,49 +146,69 @@ class PicturesOptions(_Options):
 
     kind: Literal["pictures"] = Field(description="frames with what was found drawn in")
     path: Path = Field(description="a folder for PNG, part.png or part.jpg for numbered files, or line.mp4")
+    queue: int = Field(8, ge=1, le=100_000, description="results that may wait for it, each with its frame")
     only: tuple[Verdict, ...] = Field(VERDICTS, min_length=1, description="verdicts whose frames are kept")
     fps: float | None = Field(None, gt=0, le=1000, description="of a video; null = the first source's, or 25")
+    segment_s: float | None = Field(
+        None,
+        gt=0,
+        le=86_400,
+        description="a video is completed, and another one begun, after so many seconds; "
+        "null = 60 where a camera is the source, and one video where a file is",
+    )
+    max_mb: float = Field(
+        10_000, gt=0, description="when pictures or segments of cameras take more megabytes, the oldest are removed"
+    )
+    keep: int | None = Field(
+        None,
+        ge=1,
+        description="when cameras have more pictures or segments, the oldest are removed; null = any number",
+    )
 
 
 class Pictures:
     """Overlays of the frames that got one of certain verdicts: a folder of pictures, or a video of each source.
 
-    A video of a run's only source has the name that was given; of several, `line.mp4` becomes `line-camera1.mp4` and
-    so on. Pictures of all sources share the folder: `camera1-000007.png`, and after its own name what was a file.
+    What comes from a camera has its moment in its name, so that no restart replaces it, and the oldest make room:
+    `camera1-20261121T152403.123Z-000007.png`. What comes from a file is named after it, and the same run again gives
+    the same files: `belt-000007.png`, or `camera1-belt-000007.png` where there are several sources. Of these, a
+    `line.mp4` that was asked for becomes `line-camera1.mp4`, and a `part.png` `part-camera1-000007.png`.
     """
+
+    draws = True
 
     def __init__(self, options: PicturesOptions, run: RunFacts) -> None:
         """Raises `OutputError` for a path that can be no picture and no video."""
         self.name = options.name or options.kind
+        self._options, self._run = options, run
         self._only = frozenset(options.only)
-        self._files = run.files
-        path, fps = options.path, options.fps or run.fps or FALLBACK_FPS
-        self._shared: Recorder | None = None
-        self._own: dict[str, Recorder] = {}
-        if path.suffix.lower() == ".mp4" and len(run.sources) > 1:
-            self._own = {
-                source: Recorder(path.with_name(f"{path.stem}-{source}{path.suffix}"), fps=fps)
-                for source in run.sources
-            }
-        else:
-            self._shared = Recorder(path, fps=fps)
+        self._shared = Recorder(options.path, fps=self._fps)  # of pictures; a video is one source's
+        self._shelf = Shelf(
+            self._shared.folder, self._shared.stem, self._shared.extension, max_mb=options.max_mb, keep=options.keep
+        )
+        is_video = options.path.suffix.lower() == ".mp4"
+        self._videos = {source: self._video(source) for source in run.sources} if is_video else {}
 
     def open(self) -> None:
         """Make the folder and try to write there. Raises `OutputError`."""
         for recorder in self._recorders:
             recorder.open()
+        self._shelf.open()
 
     def write(self, outcome: Outcome) -> None:
         """Keep the overlay of a frame whose verdict is asked for. Raises `OutputError`."""
         from dapo_edge.outputs.overlay import draw
 
-        frame, inspection = outcome.frame, outcome.inspection
+        frame, inspection, camera = outcome.frame, outcome.inspection, outcome.camera
         if frame is None or inspection is None or inspection.verdict not in self._only:
             return
-        recorder = self._shared or self._own[outcome.camera]
         picture = draw(frame, inspection)
-        # A picture made of a file is named after it. Cameras may have equal addresses but for the host.
-        recorder.write(picture, frame if outcome.camera in self._files else replace(frame, source=outcome.camera))
+        if camera in self._videos:
+            self._videos[camera].write(picture, frame)
+        elif camera in self._run.files:
+            self._shared.write(picture, frame, stem=self._stem(camera, stem_of(frame.source)))
+        else:  # cameras may have equal addresses but for the host
+            self._shelf.add(self._shared.write(picture, frame, stem=self._stem(camera, camera), timed=True))
 
     def note(self, event: CameraEvent) -> None:
         """Nothing to draw."""
@@ -191,9 +224,26 @@ class Pictures:
         if errors:
             raise errors[0]
 
+    def _stem(self, camera: str, own: str) -> str:
+        """How the name of a picture begins, which calls itself `own` where no name was given for all."""
+        parts = (self._shared.stem, camera if self._run.several else None, None if self._shared.stem else own)
+        return "-".join(dict.fromkeys(filter(None, parts)))
+
     @property
-    def _recorders(self) -> list[Recorder]:
-        return [self._shared] if self._shared else list(self._own.values())
+    def _fps(self) -> float:
+        return self._options.fps or self._run.fps or FALLBACK_FPS
+
+    @property
+    def _recorders(self) -> list[Recorder | Segments]:
+        return list(self._videos.values()) or [self._shared]
+
+    def _video(self, source: str) -> Recorder | Segments:
+        path, seconds = self._options.path, self._options.segment_s
+        if self._run.several:
+            path = path.with_name(f"{path.stem}-{source}{path.suffix}")
+        if source in self._run.files and seconds is None:
+            return Recorder(path, fps=self._fps)
+        return Segments(path, self._shelf, fps=self._fps, seconds=seconds or SEGMENT_S)
 
 
 SINKS: dict[str, Callable[[Any, RunFacts], Sink]] = {"jsonl": JsonLines, "lines": TextLines, "pictures": Pictures}

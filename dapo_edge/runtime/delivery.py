@@ -124,8 +124,9 @@ class SinkQueue:
                 self.failed += 1
                 self._tell_failure(error)
             else:
-                self.written += isinstance(entry, Outcome)
-                self._tell_recovery()
+                if isinstance(entry, Outcome):
+                    self.written += 1
+                    self._tell_recovery()
         try:
             self.sink.close()
         except Exception as error:

@@ -16,7 +16,9 @@ from dapo_edge.data.pictures import IMAGE_EXTENSIONS
 from dapo_edge.errors import SourceError
 from dapo_edge.outputs.recorder import names_pictures
 from dapo_edge.runtime.sources.uri import path_of, redact, split
+from dapo_edge.sections import shown
 
+MOST_ITEMS = 256  # sources, or sinks: each of these is compared with each of those
 FILE_SCHEMES = ("dir", "file", "image")
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")  # in a path, an address has lost one of its two slashes
 
@@ -59,16 +61,25 @@ def named(data: Item) -> Item:
 
 
 def repeated_names(data: Item) -> list[str]:
-    """Mistakes: names that two sources, or two sinks, have in common."""
+    """Mistakes: names that two sources, or two sinks, have in common, be it on a disk that knows no capitals."""
     mistakes = []
     for key in ("sources", "sinks"):
-        first: dict[str, int] = {}
+        first: dict[str, tuple[int, str]] = {}
         for number, item in _items(data, key):
             name = str(item.get("name"))
-            if name in first:
-                mistakes.append(f"'{key}.{number}.name' is '{name}': so is that of {key}.{first[name]}")
-            first.setdefault(name, number)
+            other, its_name = first.setdefault(name.casefold(), (number, name))
+            if other != number:
+                so_is = "so is that of" if name == its_name else "only capitals differ from the name of"
+                mistakes.append(f"'{key}.{number}.name' is {shown(name)}: {so_is} {key}.{other}")
     return mistakes
+
+
+def misplaced_package(data: Item) -> list[str]:
+    """The mistake of naming an address where the package is needed."""
+    package = data.get("package")
+    if not isinstance(package, str) or not is_address(package):
+        return []
+    return [f"'package' is {shown(package)}: an address, where a path is needed"]
 
 
 def misplaced_outputs(data: Item) -> list[str]:
@@ -78,7 +89,7 @@ def misplaced_outputs(data: Item) -> list[str]:
     for number, item in _items(data, "sinks"):
         where, path = f"'sinks.{number}.path'", item.get("path")
         if isinstance(path, str) and is_address(path):
-            mistakes.append(f"{where} is '{redact(path)}': an address, where a path is needed")
+            mistakes.append(f"{where} is {shown(path)}: an address, where a path is needed")
             continue
         if not isinstance(path, str) and (path is not None or item.get("kind") != "jsonl"):
             continue
@@ -119,10 +130,10 @@ def path_of_source(uri: str) -> Path | None:
 
 
 def _items(data: Item, key: str) -> Iterator[tuple[int, Item]]:
-    """The mappings in a list, with their places."""
+    """The mappings in a list that may be in it, with their places."""
     items = data.get(key)
     if isinstance(items, list):
-        yield from ((number, item) for number, item in enumerate(items) if isinstance(item, dict))
+        yield from ((number, item) for number, item in enumerate(items[:MOST_ITEMS]) if isinstance(item, dict))
 
 
 def _each(data: Item, key: str, change: Callable[[int, Item], Item]) -> Item:

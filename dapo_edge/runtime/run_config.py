@@ -16,15 +16,22 @@ import yaml
 from pydantic import AfterValidator, Field, model_validator
 
 from dapo_edge.backends.base import BACKENDS
-from dapo_edge.errors import RecipeError, did_you_mean
+from dapo_edge.errors import RecipeError, SourceError, did_you_mean
 from dapo_edge.kernels.map_spec import MapSize, check_map_size
 from dapo_edge.outputs.sinks import MAX_NAME, NAME, SinkOptions
 from dapo_edge.package import Precision, Threshold, Thresholds
 from dapo_edge.runtime.plan import CameraPlan, Policy
 from dapo_edge.runtime.regions import RegionOfInterest
-from dapo_edge.runtime.run_checks import misplaced_outputs, named, repeated_names, with_paths
+from dapo_edge.runtime.run_checks import (
+    MOST_ITEMS,
+    misplaced_outputs,
+    misplaced_package,
+    named,
+    repeated_names,
+    with_paths,
+)
 from dapo_edge.runtime.run_layers import changed, escaped, from_environment, from_settings, substituted
-from dapo_edge.runtime.sources import SOURCES, redact
+from dapo_edge.runtime.sources import SOURCES, open_source, redact
 from dapo_edge.runtime.sources.uri import split
 from dapo_edge.runtime.tiling import Views
 from dapo_edge.sections import Section, parse_section, read_yaml
@@ -46,6 +53,11 @@ def _known_source(uri: str) -> str:
     if address is not None and address.scheme not in SOURCES:
         known = ", ".join(f"{name}://" for name in SOURCES)
         raise ValueError(f"unknown kind. {did_you_mean(address.scheme, SOURCES)}Known: {known}, or a path")
+    if address is not None and address.scheme != "file":  # whether a file is there shows when the run begins
+        try:
+            open_source(uri).check()
+        except SourceError as error:
+            raise ValueError(str(error).rstrip(".")) from error
     return uri
 
 
@@ -127,8 +139,22 @@ class SourceOptions(Section):
         None, gt=0, description="a frame that waited longer than this is dropped as stale; null = none is"
     )
     fps: float | None = Field(None, gt=0, le=1000, description="at most so many frames per second; null = all")
-    frames: int | None = Field(None, ge=1, description="end after so many frames; null = at the source's own end")
+    frames: int | None = Field(
+        None, ge=1, description="end after so many were taken for inspection; null = at the source's own end"
+    )
     queue: int = Field(4, ge=1, le=1000, description="frames that may wait for the engine")
+    silence_s: float | None = Field(
+        None,
+        gt=0,
+        le=86_400,
+        description="how long the source may give nothing before it is closed and opened again; "
+        "null = two intervals between frames, and 2 s at least",
+    )
+    triggered: bool | None = Field(
+        None,
+        description="whether frames come when something happens on the line, so that silence is no fault; "
+        "null = as the source says",
+    )
     regions: tuple[Region, ...] = Field((), description="what is looked at; none = the whole frame")
     tiles: Tiles | None = Field(None, description="cut what is looked at into tiles; null = look at it at once")
 
@@ -156,12 +182,16 @@ class RunConfig(Section):
         5.0, ge=0, le=1000, description="how long the first frame of a batch waits for those of other cameras"
     )
     drain_s: float = Field(
-        4.0, gt=0, le=3600, description="when the run is stopped, how long captured frames may take to come out"
+        3.5, gt=0, le=3600, description="when the run is stopped, how long captured frames may take to come out"
     )
     thresholds: Limits = Field(Limits(), description="limits that replace the package's own")
-    sources: tuple[SourceOptions, ...] = Field(min_length=1, description="cameras, videos, folders")
+    sources: tuple[SourceOptions, ...] = Field(
+        min_length=1, max_length=MOST_ITEMS, description="cameras, videos, folders"
+    )
     sinks: tuple[SinkOptions, ...] = Field(
-        (), description="where results go; without this key: text on stderr, or JSON on stdout with --json"
+        (),
+        max_length=MOST_ITEMS,
+        description="where results go; without this key: text on stderr, or JSON on stdout with --json",
     )
 
     @property
@@ -177,6 +207,8 @@ class RunConfig(Section):
                 frames=source.frames,
                 queue=source.queue,
                 views=source.views,
+                silence_s=source.silence_s,
+                triggered=source.triggered,
             )
             for source in self.sources
         )
@@ -216,8 +248,11 @@ def load_run_config(
     settings, unread = from_settings(overrides.settings)
     data, unset = changed(data, settings)
     data = named(data)
-    mistakes += [*unplaced, *unread, *unset, *repeated_names(data), *misplaced_outputs(data)]
-    origin = ", ".join([str(path) if path else "options", *variables, *settings])
+    without_effect = unplaced | unset
+    mistakes += [*unread, *(f"{origin}: {mistake}" for origin, mistake in without_effect.items())]
+    mistakes += [*misplaced_package(data), *repeated_names(data), *misplaced_outputs(data)]
+    made = (name for name in (*variables, *settings) if name not in without_effect)
+    origin = ", ".join([str(path) if path else "options", *made])
     return parse_section(RunConfig, data, origin, schema=SCHEMA_COMMAND, also=mistakes)
 
 

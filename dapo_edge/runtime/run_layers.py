@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from dapo_edge.sections import parse_yaml
+from dapo_edge.sections import parse_yaml, shown, shown_key
 
 ENVIRONMENT = "DAPO_EDGE_RUN__"
 LEVEL = "__"  # between the keys in a variable's name, as the dot in --set
@@ -47,7 +47,9 @@ def _value(match: re.Match[str], environment: Mapping[str, str], where: str, mis
         return match[0][1:]
     name = _NAME.fullmatch(match[1])
     if name is None or not match[0].endswith("}"):
-        mistakes.append(f"'{where}' holds '${{{match[1]:.30}': write ${{NAME}}, ${{NAME:-default}}, or $${{ for itself")
+        mistakes.append(
+            f"'{where}' holds '${{' without a name: write ${{NAME}}, ${{NAME:-default}}, or $${{ for itself"
+        )
     elif name[2] is not None:
         return environment.get(name[1]) or name[2]
     elif name[1] in environment:
@@ -61,7 +63,7 @@ def _walk(data: Any, where: str, change: Callable[[str, str], Any]) -> Any:
     if isinstance(data, str):
         return change(data, where)
     if isinstance(data, Mapping):
-        return {key: _walk(value, f"{where}.{key}".lstrip("."), change) for key, value in data.items()}
+        return {key: _walk(value, f"{where}.{shown_key(key)}".lstrip("."), change) for key, value in data.items()}
     if isinstance(data, list):
         return [_walk(value, f"{where}.{index}", change) for index, value in enumerate(data)]
     return data
@@ -85,21 +87,23 @@ def from_settings(settings: Sequence[str]) -> tuple[dict[str, tuple[tuple[str, .
     for text in settings:
         keys, equals, value = text.partition("=")
         if equals and all(keys.split(".")):
-            found[f"--set {keys}"] = tuple(keys.split(".")), scalar(value)
+            found[f"--set {_place(keys.split('.'))}"] = tuple(keys.split(".")), scalar(value)
         else:
-            mistakes.append(f"'--set {keys:.40}' sets nothing: write it like sources.0.fps=10")
+            mistakes.append(f"'--set {_place(keys.split('.')):.40}' sets nothing: write it like sources.0.fps=10")
     return found, mistakes
 
 
-def changed(data: dict[str, Any], changes: Mapping[str, tuple[Sequence[str], Any]]) -> tuple[dict[str, Any], list[str]]:
-    """A copy of `data` with every change made that can be, and the mistakes."""
+def changed(
+    data: dict[str, Any], changes: Mapping[str, tuple[Sequence[str], Any]]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """A copy of `data` with every change made that can be, and what is wrong with the others."""
     data = copy.deepcopy(data)
-    mistakes = []
+    mistakes = {}
     for origin, (keys, value) in changes.items():
         try:
             _put(data, keys, value)
         except LookupError as error:
-            mistakes.append(f"{origin}: {error.args[0]}")
+            mistakes[origin] = str(error.args[0])
     return data, mistakes
 
 
@@ -139,11 +143,16 @@ def _set(place: Any, key: str, value: Any, so_far: Sequence[str]) -> None:
 
 def _index(place: Any, key: str, so_far: Sequence[str]) -> int:
     """The place of an item in a list: of one that is there, or of the next one."""
-    parent = ".".join(so_far[:-1])
+    parent = _place(so_far[:-1])
     if not isinstance(place, list):
-        raise LookupError(f"'{parent}' is {place!r:.40}, which has no '{key}'")
+        raise LookupError(f"'{parent}' is {shown(place):.40}, which has no '{shown_key(key)}'")
     if not key.isdecimal():
-        raise LookupError(f"'{parent}' is a list; '{key}' is no place in it, which counts from 0")
+        raise LookupError(f"'{parent}' is a list; '{shown_key(key)}' is no place in it, which counts from 0")
     if int(key) > len(place):
         raise LookupError(f"'{parent}' has {len(place)} items, so there is no '{key}', counted from 0")
     return int(key)
+
+
+def _place(keys: Sequence[str]) -> str:
+    """Keys in a message."""
+    return ".".join(map(shown_key, keys))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 import zlib
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dapo_edge.data.pictures import MAX_PIXELS, MIN_SIDE_PX, read_image
-from dapo_edge.errors import FrameError
+from dapo_edge.errors import DependencyMissing, FrameError
 
 RGB = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
 GREY = RGB[..., 0]
@@ -175,6 +176,14 @@ def test_what_is_no_image_at_all(tmp_path: Path) -> None:
     refused(Path("/dev/zero"), "not a regular file")
     refused(tmp_path / "none.png", "does not exist")
     refused(tmp_path / ("x" * 999 + ".png"), "too long")
+
+
+def test_a_missing_pillow_is_no_fault_of_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(DependencyMissing, match=r"'PIL' can't be imported.*pip install pillow") as caught:
+        read_image(tmp_path / "a.png")
+    assert caught.value.exit_code == 7
 
 
 def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

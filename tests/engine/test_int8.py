@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,14 @@ from dapo_edge.quantization import Quantization
 
 # Seeded weights: probabilities are nearly equal everywhere, so the type of a pixel follows the smallest difference.
 LOOSE = {"count": 6, "min_type_agreement": 0.5}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_plots() -> Iterator[None]:
+    """Drawing takes a fifth of a small build; test_package_report.py looks at what is drawn."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dapo_edge.engine.package_plots.as_svg", lambda *figure, **options: "<svg></svg>")
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -85,7 +85,8 @@ def redact(uri: str) -> str:
     head, at, tail = rest.rpartition("@")
     if at and (":" in head or (separator and "/" not in head)):
         rest = f"***@{tail}"
-    return scheme + separator + _IN_ADDRESS.sub(r"\1***", rest)
+    secret = _IN_ADDRESS if separator else _IN_QUERY  # a file may be called pass=2.png
+    return scheme + separator + secret.sub(r"\1***", rest)
 
 
 def redact_message(text: str) -> str:
