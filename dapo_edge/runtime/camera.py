@@ -7,6 +7,7 @@ the program helps, and the camera's state says so. Nothing of this touches the o
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 import time
@@ -123,6 +124,8 @@ class Camera:
         session = self._session
         if session is not None and session.ident is not None:
             session.join(max(0.0, until_s - time.monotonic()))
+        if self.state == "live":  # one that is lost has still not been found
+            self.state = "ended"
 
     @property
     def done(self) -> bool:
@@ -304,9 +307,10 @@ class Camera:
         self.error = error
         self._tell_state("ended", "" if error is None else error.cause)
 
-    def _lose(self, now_s: float, reason: str, session: Session) -> None:
-        self._trouble.barren += not session.had_frames
-        self._interval_s = session.measured_s
+    def _lose(self, now_s: float, reason: str, session: Session | None = None) -> None:
+        if session is not None:
+            self._trouble.barren += not session.had_frames
+            self._interval_s = session.measured_s
         if self._trouble.since_s is None:
             self._trouble.since_s = now_s
         self._trouble.attempts += 1
@@ -323,7 +327,12 @@ class Camera:
             reason = f"{MOST_LEFT_BEHIND} earlier readers still hang in the camera's library; if it goes on, restart"
             self._tell_lost(now_s, reason, retry_s)
             return
-        session = Session(self.plan.name, self, self._reopen(), self._next_index, self._interval_s)
+        try:
+            source = self._reopen()
+        except DapoEdgeError as error:
+            self._lose(now_s, error.cause)
+            return
+        session = Session(self.plan.name, self, source, self._next_index, self._interval_s)
         with self._lock:
             self._session = session
         self._begin(session)
@@ -343,7 +352,8 @@ class Camera:
         if session.properties is None:
             # An opening that waits for its turn gives up. In a thread, because it may just have come through, and
             # closing then waits for a read.
-            threading.Thread(target=session.source.close, name=f"close {self.plan.name}", daemon=True).start()
+            with contextlib.suppress(RuntimeError):  # no thread left; it ends by its own time limit
+                threading.Thread(target=session.source.close, name=f"close {self.plan.name}", daemon=True).start()
 
     def _tell_lost(self, now_s: float, reason: str, retry_s: float) -> None:
         """Every attempt at first; then now and then, because a camera may be away for a weekend."""

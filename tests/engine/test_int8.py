@@ -127,6 +127,7 @@ def test_a_package_without_int8_says_so(package: EnginePackage) -> None:
         package.quantization()
 
 
+@pytest.mark.slow
 def test_same_recipe_gives_the_same_int8(quantized: EnginePackage, int8_fields: dict[str, Any], tmp_path: Path) -> None:
     again = build(parse_recipe(int8_fields), tmp_path / "again.dapo")
     for name in (ENCODER_INT8, QUANTIZATION):
@@ -262,6 +263,7 @@ def test_a_cpu_that_computes_int8_otherwise_is_found_out(quantized: EnginePackag
         pass
 
 
+@pytest.mark.slow
 def test_a_runtime_fault_refuses_int8_and_is_no_matter_for_auto(
     int8_fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -300,6 +302,7 @@ def test_drops_on_labelled_frames_count(
     assert any("AUROC drops by" in reason or "AUPRO drops by" in reason for reason in first["failed"])
 
 
+@pytest.mark.slow
 def test_int8_in_batches_and_with_maps_of_the_frame(
     int8_fields: dict[str, Any], quantized: EnginePackage, picture: Any, tmp_path: Path
 ) -> None:

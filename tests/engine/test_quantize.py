@@ -161,6 +161,7 @@ def test_the_least_harm_wins(parts: Parts, ranges: ActivationRanges, meter: MapM
     assert steps[-1] == (len(tried), len(tried))
 
 
+@pytest.mark.slow
 def test_planted_outliers_are_recovered() -> None:
     """LayerNorm gains × 30 in the first block: max calibration fails; migration, or that block in float, passes."""
     parts = surface_tiny()
