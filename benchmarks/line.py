@@ -2,7 +2,7 @@
 
     python benchmarks/line.py [--out FILE] [--rounds 5]
 
-Four generated cameras of 1280x720 share one reference package. Their frames are drawn before the clock starts. Encoder
+Four generated cameras of 1280x720 share one package. Their frames are drawn before the clock starts. Encoder
 alone and whole line run in one process, by turns, so that a machine that slows down slows both.
 """
 
@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import DEMO_RECIPE, resident_mb, results_folder, say
+from common import DEMO_RECIPE, resident_mb, results_folder, say, vit_b16
 
-from dapo_edge import Inspector, build
+from dapo_edge import Inspector, build, open_source
 from dapo_edge.backends.openvino import OpenVinoBackend
 from dapo_edge.bench import percentiles
 from dapo_edge.config import load_recipe
@@ -35,7 +35,7 @@ from dapo_edge.runtime.pipeline import Pipeline
 from dapo_edge.runtime.plan import CameraPlan, SinkPlan
 from dapo_edge.runtime.tiling import Views
 
-CAMERAS, FRAMES, SIZE = 4, 150, "1280x720"
+CAMERAS, FRAMES, SIZE = 4, 100, "1280x720"
 LOAD, LOAD_SECONDS = 0.7, 12
 TILED_SIZE, TILE, OVERLAP = (4000, 3000), (1000, 1000), 250
 
@@ -47,38 +47,41 @@ def main() -> None:
     arguments = parser.parse_args()
     recipe = load_recipe(DEMO_RECIPE)
     with tempfile.TemporaryDirectory() as scratch:
-        packages = {
-            batch: build(recipe.model_copy(update={"batch": batch}), Path(scratch) / f"batch{batch}.dapo")
-            for batch in (1, 4)
-        }
+        small = build(recipe, Path(scratch) / "small.dapo")
+        batched = build(recipe.model_copy(update={"batch": 4}), Path(scratch) / "batched.dapo")
+        large = build(vit_b16(), Path(scratch) / "vit-b16.dapo")
         throughputs = {
-            f"batch {batch}": say(f"batch {batch}", throughput(package, arguments.rounds))
-            for batch, package in packages.items()
+            name: say(name, throughput(package, arguments.rounds, frames))
+            for name, package, frames in (
+                ("surface-tiny, batch 1", small, FRAMES),
+                ("surface-tiny, batch 4", batched, FRAMES),
+                ("ViT-B/16 at 224 px, batch 1", large, FRAMES // 10),
+            )
         }
-        line_fps = throughputs["batch 1"]["line_fps"]
+        line_fps = throughputs["surface-tiny, batch 1"]["line_fps"]
         result = {
             "schema": "dapo-edge line 1",
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "command": f"python benchmarks/line.py --rounds {arguments.rounds}",
             "device": as_json(this_device()),
-            "cameras": f"{CAMERAS} of {SIZE}, surface-tiny in fp32",
+            "cameras": f"{CAMERAS} of {SIZE}, fp32",
             "throughput": throughputs,
-            "load": say("load", waiting(packages[1], LOAD * line_fps / CAMERAS)),
+            "load": say("load", waiting(small, LOAD * line_fps / CAMERAS)),
             "runtime_alone": say("runtime alone", runtime_alone()),
-            "tiles": say("tiles", tiles(packages[1])),
-            "trigger": say("trigger", trigger_to_verdict(packages[1])),
+            "tiles": say("tiles", tiles(small)),
+            "trigger": say("trigger", trigger_to_verdict(small)),
         }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"written: {arguments.out}", file=sys.stderr)
 
 
-def throughput(package: EnginePackage, rounds: int) -> dict[str, Any]:
+def throughput(package: EnginePackage, rounds: int, frames: int) -> dict[str, Any]:
     """Frames per second: the encoder alone, all cameras through the whole line, and one frame after the other."""
     alone, line, loop = [], [], []
     with Inspector(package, throughput=True) as inspector, Inspector(package) as quick:
         for number in range(rounds + 1):
-            figures = (encoder_alone(inspector), whole_line(inspector), one_by_one(quick))
+            figures = (encoder_alone(inspector, frames), whole_line(inspector, frames), one_by_one(quick, frames))
             if number:  # the first round warms up
                 for series, figure in zip((alone, line, loop), figures, strict=True):
                     series.append(figure)
@@ -91,12 +94,12 @@ def throughput(package: EnginePackage, rounds: int) -> dict[str, Any]:
     }
 
 
-def encoder_alone(inspector: Inspector) -> float:
+def encoder_alone(inspector: Inspector, frames: int) -> float:
     """As many threads as the line has, each with nothing to do but to encode; frames per second."""
     backend, manifest = inspector.backend, inspector.package.manifest
     assert isinstance(backend, OpenVinoBackend)
     views = [np.zeros((manifest.image_size, manifest.image_size, 3), np.uint8)] * manifest.batch
-    calls = FRAMES * CAMERAS // (manifest.batch * backend.concurrency)
+    calls = frames * CAMERAS // (manifest.batch * backend.concurrency)
 
     def work() -> None:
         with backend._request() as request:
@@ -106,29 +109,26 @@ def encoder_alone(inspector: Inspector) -> float:
     return calls * backend.concurrency * manifest.batch / seconds_of(work, backend.concurrency)
 
 
-def whole_line(inspector: Inspector) -> float:
+def whole_line(inspector: Inspector, frames: int) -> float:
     """All cameras at the highest rate that the engine allows; frames per second."""
     order = Order()
-    pipeline = Pipeline(inspector, cameras(f"@1000?loop=4&frames={FRAMES}", policy="wait"), [SinkPlan(order)])
+    pipeline = Pipeline(inspector, cameras(f"@1000?loop=4&frames={frames}", policy="wait"), [SinkPlan(order)])
     pipeline.run()
     counts = pipeline.counts()
-    assert counts.inspected == counts.captured == FRAMES * CAMERAS and not order.broken
+    assert counts.inspected == counts.captured == frames * CAMERAS and not order.broken
     return pipeline.as_json()["fps"]
 
 
-def one_by_one(inspector: Inspector) -> float:
+def one_by_one(inspector: Inspector, frames: int) -> float:
     """What a `while read(): inspect()` loop does with the same frames; frames per second."""
-    plans = cameras(f"@1000?loop=4&frames={FRAMES // 4}")
-    from dapo_edge import open_source
-
-    frames = []
-    for plan in plans:
+    pictures = []
+    for plan in cameras(f"@1000?loop=4&frames={max(4, frames // 4)}"):
         with open_source(plan.uri) as source:
-            frames += list(source)
+            pictures += list(source)
     started = time.perf_counter()
-    for frame in frames:
-        inspector.inspect(frame)
-    return len(frames) / (time.perf_counter() - started)
+    for picture in pictures:
+        inspector.inspect(picture)
+    return len(pictures) / (time.perf_counter() - started)
 
 
 def waiting(package: EnginePackage, fps: float) -> dict[str, Any]:

@@ -142,3 +142,19 @@ def test_the_run_config_of_the_line_is_valid(package: EnginePackage, tmp_path: P
     (tmp_path / "line.yaml").write_text(text.replace("engines/surface-tiny.dapo", str(package.path)), encoding="utf-8")
     config = load_run_config(tmp_path / "line.yaml", Overrides(), {})
     assert [camera.name for camera in config.cameras] == ["belt", "side", "camera3"]
+
+
+def test_the_lines_figures_are_those_that_were_measured() -> None:
+    measured = json.loads((ROOT / "benchmarks/results/amd-epyc-2-cores/line.json").read_text())
+    page = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
+    tiny, vit = (measured["throughput"][name] for name in ("surface-tiny, batch 1", "ViT-B/16 at 224 px, batch 1"))
+    assert f"the encoder alone | {vit['line_to_encoder']['median']:.2f} |" in README
+    loop = f"{tiny['line_fps']:.0f} against {tiny['one_by_one_fps']:.0f}"
+    assert f"| {tiny['line_to_encoder']['median']:.2f}; {loop} |" in README
+    load = measured["load"]
+    assert f"| {load['waiting_ms']['p99']:.0f} ms, {load['p99_in_intervals']:.1f} of their interval |" in README
+    assert f"demo model | {measured['tiles']['ms']['total']:.0f} ms |" in README
+    for row in (tiny, vit):
+        assert (
+            f"| {row['line_to_encoder']['median']:.2f} | {row['one_by_one_fps']:.{0 if row is tiny else 1}f} |" in page
+        )
