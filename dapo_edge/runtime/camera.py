@@ -133,11 +133,6 @@ class Camera:
         session = self._session
         return session is None and (self.state == "ended" or self._stopping)
 
-    @property
-    def stopping(self) -> bool:
-        """Whether it was told to stop."""
-        return self._stopping
-
     def watch(self) -> None:
         """See whether the source ended, broke or fell silent, and do something about it."""
         now_s = time.monotonic()

@@ -92,11 +92,6 @@ class SinkQueue:
             self._results = self._bytes = 0
             self._changed.notify_all()
 
-    @property
-    def waiting(self) -> int:
-        """Results in the queue."""
-        return self._results
-
     def as_json(self) -> dict[str, Any]:
         """As in the statistics. `lost`: there was no room, or no time at the end."""
         state = {"name": self.sink.name, "written": self.written, "lost": self.lost, "failed": self.failed}

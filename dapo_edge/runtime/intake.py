@@ -73,11 +73,6 @@ class Lane:
         while self._items:
             self._drop(self._items.popleft(), "shutdown")
 
-    @property
-    def waiting(self) -> int:
-        """Entries in the ring."""
-        return len(self._items)
-
     def _drop(self, item: Frame | Outcome, reason: DropReason) -> None:
         if isinstance(item, Frame):
             self.account.dropped(reason)

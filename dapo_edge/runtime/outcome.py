@@ -33,8 +33,10 @@ class Outcome:
     def nbytes(self) -> int:
         """Of pixels and maps."""
         size = 0
-        if self.frame is not None and hasattr(self.frame.pixels, "data"):
-            size += getattr(self.frame.pixels, "nbytes", 0) or self.frame.pixels.data.nbytes
+        if self.frame is not None:
+            pixels = self.frame.pixels
+            data = pixels if isinstance(pixels, np.ndarray) else getattr(pixels, "data", None)  # of a bad frame: anything
+            size += data.nbytes if isinstance(data, np.ndarray) else 0
         if self.inspection is not None:
             size += self.inspection.anomaly_map.nbytes + self.inspection.type_map.nbytes
         return size
