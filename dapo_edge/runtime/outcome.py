@@ -35,7 +35,8 @@ class Outcome:
         size = 0
         if self.frame is not None:
             pixels = self.frame.pixels
-            data = pixels if isinstance(pixels, np.ndarray) else getattr(pixels, "data", None)  # of a bad frame: anything
+            # A frame that failed may hold anything.
+            data = pixels if isinstance(pixels, np.ndarray) else getattr(pixels, "data", None)
             size += data.nbytes if isinstance(data, np.ndarray) else 0
         if self.inspection is not None:
             size += self.inspection.anomaly_map.nbytes + self.inspection.type_map.nbytes
