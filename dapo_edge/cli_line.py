@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dapo_edge.cli_start import EXIT_INTERRUPTED
-from dapo_edge.errors import OutputError, RecipeError, SourceError
+from dapo_edge.errors import OutputError, RecipeError, SourceError, sources_error
 from dapo_edge.terminal import say
 
 if TYPE_CHECKING:
@@ -115,10 +115,8 @@ class LineRun:
                 except SourceError as error:
                     broken.append(error)
             rates.append(min(filter(None, (rate, plan.fps)), default=None))
-        if len(broken) > 1:
-            raise SourceError("; ".join(error.cause for error in broken), broken[0].remedy)
         if broken:
-            raise broken[0]
+            raise sources_error(broken)
         names = tuple(source.name for source in self._config.sources)
         return RunFacts(names, frozenset(files), rates[0], self._stdout)
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import difflib
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def did_you_mean(name: str, valid: Iterable[str], *, cutoff: float = 0.4) -> str:
@@ -93,6 +93,13 @@ class SourceError(DapoEdgeError):
     """A frame source can't be opened or broke down."""
 
     exit_code = 5
+
+
+def sources_error(errors: Sequence[DapoEdgeError]) -> DapoEdgeError:
+    """What went wrong with one source or more: a single error as it is, several as one that names every cause."""
+    if len(errors) == 1:
+        return errors[0]
+    return SourceError("; ".join(error.cause for error in errors), errors[0].remedy)
 
 
 class FrameError(SourceError):

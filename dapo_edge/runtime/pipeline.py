@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from dapo_edge.errors import FrameError, RecipeError, SourceError
+from dapo_edge.errors import FrameError, RecipeError, sources_error
 from dapo_edge.runtime import accounting
 from dapo_edge.runtime.accounting import Account, Counts, Stopwatch
 from dapo_edge.runtime.camera import Camera, Patience
@@ -249,10 +249,8 @@ class Pipeline:
         if self._error is not None:
             raise self._error
         broken = [camera.error for camera in self._cameras if camera.error is not None]
-        if len(broken) == 1 and not self._stop_asked:
-            raise broken[0]
         if broken and not self._stop_asked:  # who stops a run does not want to hear of its files
-            raise SourceError("; ".join(error.cause for error in broken), broken[0].remedy)
+            raise sources_error(broken)
         problem = self._delivery.problem()
         if problem is not None:
             raise problem

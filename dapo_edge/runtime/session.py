@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Iterator
 from typing import Protocol
 
 from dapo_edge.errors import DapoEdgeError, FrameError, FrameTimeout, SourceError
@@ -124,9 +125,15 @@ class Session(threading.Thread):
         """How long the library has not come back from what it was last asked."""
         return 0.0 if self._busy.is_set() else now_s - self._returned_s
 
-    def busy(self) -> _Busy:
+    @contextlib.contextmanager
+    def busy(self) -> Iterator[None]:
         """While the run holds the source back: its silence is no fault."""
-        return _Busy(self)
+        self._busy.set()
+        try:
+            yield
+        finally:
+            self._since_s = self._returned_s = time.monotonic()
+            self._busy.clear()
 
     def _heard(self) -> None:
         now_s = time.monotonic()
@@ -134,15 +141,3 @@ class Session(threading.Thread):
         self.measured_s += 0.1 * (gap_s - self.measured_s) if self.measured_s else gap_s  # one late one is no new rate
         self._since_s = now_s
         self.had_frames = True
-
-
-class _Busy:
-    def __init__(self, session: Session) -> None:
-        self._session = session
-
-    def __enter__(self) -> None:
-        self._session._busy.set()
-
-    def __exit__(self, *error: object) -> None:
-        self._session._since_s = self._session._returned_s = time.monotonic()
-        self._session._busy.clear()
