@@ -20,15 +20,23 @@ CORE = [
     "threadpoolctl>=3.1",
     "typing_extensions>=4.6",
 ]
+REPORT = ["matplotlib>=3.8", "jinja2>=3.1"]
 EXTRAS = {
     # An ARM board such as a Jetson brings its own OpenCV (with GStreamer): a second one would shadow it.
     "cpu": ["openvino>=2024.4", "opencv-python-headless>=4.8; platform_machine != 'aarch64'"],
-    "build": ["torch>=2.6", "torchvision", "open_clip_torch>=3.3", "onnx>=1.16", "matplotlib>=3.8", "jinja2>=3.1"],
+    "build": ["torch>=2.6", "torchvision", "open_clip_torch>=3.3", "onnx>=1.16", *REPORT],
+    "report": REPORT,  # the pages of `bench --report` on a device that builds nothing
     # Cameras. What comes from the system besides: apt install gir1.2-aravis-0.8 python3-gi (aravis://).
     "genicam": ["harvesters>=1.4.3,<1.5", "genicam>=1.6"],  # genicam brings a producer to try it with from 1.6 on
     "basler": ["pypylon>=26.9"],
     # TensorRT is detected, never installed from here: it belongs to the device.
-    "gpu": ["pycuda>=2024.1", "onnx>=1.16", "opencv-python-headless>=4.8; platform_machine != 'aarch64'"],
+    "gpu": [
+        "pycuda>=2024.1",
+        "onnx>=1.16",
+        "nvidia-ml-py>=12.535",
+        "opencv-python-headless>=4.8; platform_machine != 'aarch64'",
+    ],
+    "peers": ["onnxruntime>=1.20"],  # what benchmarks/peers.py compares with, besides torch and OpenVINO
     "dev": [
         "pytest>=8",
         "pytest-xdist>=3.6",
@@ -57,6 +65,8 @@ setup(
             "assets/*",
             "models/configs/*.json",
             "models/*.yaml",
+            "*.j2",
+            "bench/*.j2",
             "evaluation/*.j2",
             "engine/*.j2",
             "data/*.yaml",

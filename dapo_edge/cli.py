@@ -14,6 +14,7 @@ from pathlib import Path
 import click
 
 from dapo_edge import __version__
+from dapo_edge.cli_bench import bench
 from dapo_edge.cli_calibrate import calibrate
 from dapo_edge.cli_cameras import cameras
 from dapo_edge.cli_compile import compile_
@@ -26,27 +27,15 @@ from dapo_edge.errors import DapoEdgeError
 from dapo_edge.extras import named_extras
 from dapo_edge.terminal import (
     PACKAGE_PATH,
-    PRECISION,
     ReaderGone,
     as_json,
     fail,
-    map_size_option,
-    parse_map_size,
     prepare_streams,
     print_json,
     print_rich,
-    progress_bar,
     say,
     warnings_to_stderr,
 )
-
-backend_option = click.option(
-    "--backend",
-    default="openvino",
-    show_default=True,
-    help="Engine that runs the package: openvino, or tensorrt after dapo-edge compile.",
-)
-precision_option = click.option("--precision", type=PRECISION, help="Override the package's precision.")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -103,7 +92,7 @@ def commands() -> None:
     """Build CLIP defect-map engines and run them on camera frames."""
 
 
-for _command in (build, calibrate, compile_, tune, evaluate, run, cameras, synth, demo):
+for _command in (build, calibrate, compile_, tune, evaluate, bench, run, cameras, synth, demo):
     commands.add_command(_command)
 
 
@@ -148,49 +137,6 @@ def doctor(package: Path | None, json_output: bool) -> None:
         print_rich(doctor_table(diagnosis))
     if diagnosis.problem:
         raise diagnosis.problem
-
-
-@commands.command()
-@click.argument("package", type=PACKAGE_PATH)
-@click.option("--source", default="synthetic://1920x1080@30", show_default=True, help="Frames to time.")
-@click.option("--frames", default=200, show_default=True, type=click.IntRange(min=1))
-@click.option("--warmup", default=20, show_default=True, type=click.IntRange(min=0))
-@map_size_option
-@backend_option
-@precision_option
-@as_json
-def bench(
-    package: Path,
-    source: str,
-    frames: int,
-    warmup: int,
-    map_size: str | None,
-    backend: str,
-    precision: str | None,
-    json_output: bool,
-) -> None:
-    """Time PACKAGE on this machine: percentiles per stage, one frame at a time."""
-    from dapo_edge.bench import bench as measure
-    from dapo_edge.runtime.inspector import Inspector
-
-    size = parse_map_size(map_size)
-    with (
-        Inspector(package, backend=backend, precision=precision, map_size=size) as inspector,
-        progress_bar() as progress,
-    ):
-        result = measure(
-            inspector,
-            source,
-            frames=frames,
-            warmup=warmup,
-            on_frame=lambda done, of: progress("timing frames", done, of),
-        )
-    if json_output:
-        print_json(result)
-        return
-    from dapo_edge.tables import bench_table
-
-    print_rich(bench_table(result))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ DapoEdgeError                exit 1    a run-time error
 │   ├── FrameError                     one frame can't be used; the frames after it can
 │   ├── FrameTimeout                   no frame came in time; the source is still open
 │   └── SourceRefused                  asking again can't help: credentials, permission, pixel format, unknown feature
+├── DeadlineError            exit 6    a deadline that can't be met, or was missed
 └── DependencyMissing        exit 7    an optional package, or downloadable weights, are not there
 """
 
@@ -120,6 +121,12 @@ class FrameTimeout(SourceError):
 
 class SourceRefused(SourceError):
     """A source can't be opened as it is asked for, and would refuse again: somebody must change something."""
+
+
+class DeadlineError(DapoEdgeError):
+    """A deadline can't be met, or was missed."""
+
+    exit_code = 6
 
 
 class DependencyMissing(DapoEdgeError):

@@ -16,8 +16,9 @@ EXTRA_OF_MODULE = {
     "genicam": "genicam",
     "harvesters": "genicam",
     "pypylon": "basler",
-    "jinja2": "build",
-    "matplotlib": "build",
+    "pynvml": "gpu",
+    "jinja2": "report",  # and build, which contains it
+    "matplotlib": "report",
     "onnx": "build",  # and gpu, where a device compiles
     "open_clip": "build",
     "torch": "build",

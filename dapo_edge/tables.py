@@ -11,7 +11,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from dapo_edge.doctor import Diagnosis
 
-STAGE_COLUMNS = ("mean", "p50", "p90", "p99", "max")
+STAGE_COLUMNS = ("mean", "p50", "p90", "p95", "p99", "max")
 MOST_WORDS = 3  # wrong ones per type, so that a row stays a line; the JSON has all
 
 
@@ -23,18 +23,6 @@ def stage_table(stages: dict[str, dict[str, float]]) -> Table:
     for stage, values in stages.items():
         table.add_row(stage, *(f"{values[column]:.2f}" for column in STAGE_COLUMNS))
     return table
-
-
-def bench_table(result: dict[str, Any]) -> Group:
-    """The `bench` document."""
-    source, package = result["source"], result["package"]
-    return Group(
-        Text(f"{package['name']} ({package['backbone']}, {package['image_size']} px), {result['precision']}", "bold"),
-        Text(f"{result['backend']} on {result['device']['line']}, {result['date']}"),
-        Text(f"frames {source['width']} x {source['height']} from {source['uri']}, warm-up {result['warmup']}"),
-        stage_table(result["stages"]),
-        Text(f"{result['fps']:.1f} frames/s, one at a time", "bold"),
-    )
 
 
 def precision_table(report: dict[str, Any]) -> Table:

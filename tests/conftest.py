@@ -26,7 +26,7 @@ TINY = {
 # Tests that measure time, get signals, or hold a camera that there is once: they run while nothing else does.
 ALONE = re.compile(
     r"runtime/test_(pipeline|delivery|camera|chaos|line_\w+|rtsp\w*|gst\w*|v4l2\w*|gige|genicam|basler|industrial|cameras|watched\w*)"
-    r"|test_(cli_run\w*|cli_cameras|terminal|demo)|engine/test_speed|runtime/test_synthetic_source"
+    r"|test_(cli_run\w*|cli_cameras|terminal|demo)|engine/test_speed|runtime/test_synthetic_source|bench/test_rate"
 )
 
 

@@ -94,24 +94,11 @@ def test_bad_frames_are_counted_and_the_run_goes_on(package: EnginePackage, tmp_
     assert (summary["captured"], summary["inspected"], summary["failed"]) == (4, 2, 2)
 
 
-def test_show_and_bench(package: EnginePackage) -> None:
+def test_show(package: EnginePackage) -> None:
     shown = json.loads(dapo_edge("show", package.path, "--json").stdout)
     assert shown["defects"] == {"scratch": "scratch", "missing part": "missing part", "glue": "dried glue strip"}
     assert shown["digest"] == package.digest
     assert "dried glue strip" in dapo_edge("show", package.path).stdout
-
-    bench = json.loads(
-        dapo_edge(
-            "bench", package.path, "--json", "--frames", 5, "--warmup", 1, "--source", "synthetic://128x96"
-        ).stdout
-    )
-    assert bench["schema"] == "dapo-edge bench 1"
-    assert bench["source"]["width"] == 128
-    assert set(bench["stages"]) == {"preprocess", "encode", "map", "decide", "total"}
-    for stage in bench["stages"].values():
-        assert list(stage) == ["n", "mean", "std", "min", "p50", "p90", "p95", "p99", "max"]
-        assert stage["n"] == 5
-        assert stage["min"] <= stage["p50"] <= stage["p90"] <= stage["p99"] <= stage["max"]
 
 
 def test_recipe_errors(recipe_file: Path, tiny_fields: dict[str, Any], tmp_path: Path) -> None:

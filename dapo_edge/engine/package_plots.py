@@ -9,7 +9,7 @@ import numpy as np
 
 from dapo_edge.backends.onnx_linears import ROLES
 from dapo_edge.calibration.ranges import histogram_edges
-from dapo_edge.evaluation.page import as_svg, new_figure
+from dapo_edge.page import as_svg, new_figure
 
 QUANTIZED, KEPT, LAYER = "#2f7fd1", "#d9822b", "#5b6876"
 LARGEST, USUAL, CHOSEN = "#b3261e", "#9aa5b1", "#2f7fd1"

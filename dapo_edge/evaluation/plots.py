@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dapo_edge.evaluation.evaluate import Line
-from dapo_edge.evaluation.page import as_svg, new_figure, plain
+from dapo_edge.page import as_svg, new_figure, plain
 
 NAMED = 10  # curves that get a colour and a name; more could not be told apart
 GOOD, BAD, THRESHOLD = "#1b7f4b", "#b3261e", "#1c2530"

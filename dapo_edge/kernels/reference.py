@@ -8,12 +8,12 @@ normal channel.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import product
 from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dapo_edge.kernels.contenders import Contenders, contenders, is_worth_it, spans
 from dapo_edge.kernels.map_spec import ScoreRule
 from dapo_edge.kernels.resample import TapTable
 
@@ -24,8 +24,8 @@ SCORE_RULES = get_args(ScoreRule)
 
 _EPSILON = np.float32(1e-12)  # the smallest length a vector is divided by: a zero vector stays zero
 _TOP_FRACTION = 0.01
-_BLOCK_BYTES = 1 << 21  # upsampled channels held at once by the type map: a block that stays in the cache
-_BLOCK_COLUMNS = 512  # of a map of many tiles: narrow enough to need only a few of them
+_BLOCK_BYTES = 1 << 22  # upsampled channels held at once on small maps: a block that stays in the last cache
+_PART_ROWS, _PART_COLUMNS = 128, 512  # of the anomaly map: few enough to need only a few of many tiles
 
 
 def normalise(x: FloatArray, axis: int = -1) -> FloatArray:
@@ -50,7 +50,7 @@ def patch_probabilities(
     flat = tokens.reshape(-1, width)  # [B·L·N, D]
     # Channels first: the softmax then runs over whole rows, and dividing the small product by the tokens' lengths saves
     # a normalised copy of the tokens.
-    logits = bank @ flat.T  # [K+1, B·L·N]
+    logits = np.ascontiguousarray((flat @ bank.T).T)  # [K+1, B·L·N]; BLAS takes longer over `bank @ flat.T`
     length = np.sqrt(np.einsum("nd,nd->n", flat, flat))
     logits /= np.float32(temperature) * np.maximum(length, _EPSILON)
     share = _softmax(logits, axis=0).reshape(-1, batch, layers, patches)
@@ -97,35 +97,30 @@ def defect_map(
     rows: TapTable,
     columns: TapTable,
     inside: NDArray[np.bool_] | None = None,  # [H, W]; None: all of it
-    *,
-    banded: bool = False,
 ) -> Maps:
     """`anomaly_map` and `type_map` of the same `probs`, and how high each channel reaches.
 
-    What is not `inside` is normal: anomaly 0, type 0, and no peak. `banded` leaves out the zeros of the tables, which
-    pays for those of many tiles. Raises `ValueError` for more than 256 channels.
+    What is not `inside` is normal: anomaly 0, type 0, and no peak. On large maps only those channels are upsampled that
+    can win or reach a peak in a part of it, which changes no result. Raises `ValueError` for more than 256 channels.
     """
     batch, channels = probs.shape[:2]
     if channels > 256:
         raise ValueError(f"a type map holds 256 channels at most, not {channels}")
-    a_y, a_x = rows.dense(), columns.dense()
     anomaly = np.empty((batch, rows.size_out, columns.size_out), np.float32)
     types = np.zeros(anomaly.shape, np.uint8)
     peaks = np.zeros((batch, channels), np.float32)
-    across = _BLOCK_COLUMNS if banded else columns.size_out
-    step = max(1, _BLOCK_BYTES // (4 * channels * across))
-    for down, right in product(_spans(rows, step, banded), _spans(columns, across, banded)):
-        block = (down.made, right.made)
-        for image in range(batch):
-            patches = probs[image][:, down.read, right.read]
-            share = _upsample(patches, a_y[down.made, down.read], a_x[right.made, right.read])  # [K+1, step, across]
-            if inside is not None:
-                share *= inside[block]
-                share[0] += ~inside[block]
-            _running_argmax(share, types[image][block])
-            anomaly[image][block] = share[0]
-            np.maximum(peaks[image], share.max(axis=(1, 2)), out=peaks[image])
-    return Maps(_complement(anomaly), types, np.minimum(peaks, 1, out=peaks))
+    for image in range(batch):
+        _write_anomaly(probs[image, 0], rows, columns, anomaly[image])
+        if is_worth_it(rows, columns):
+            need = contenders(probs[image], rows, columns, inside)
+        else:
+            need = _everything(channels, rows, columns)
+        peaks[image] = _write_types(probs[image], rows, columns, inside, need, types[image])
+    if inside is not None:
+        anomaly *= inside
+        types *= inside
+    peaks[:, 0] = 1 - anomaly.min(axis=(1, 2))
+    return Maps(anomaly, types, np.minimum(peaks, 1, out=peaks))
 
 
 def image_score(
@@ -210,40 +205,83 @@ def _upsample(probs: FloatArray, a_y: FloatArray, a_x: FloatArray) -> FloatArray
     return wide.reshape(*tall.shape[:-1], -1)
 
 
-@dataclass(frozen=True)
-class _Span:
-    """Part of a map's axis, and the patches it is made of."""
-
-    made: slice
-    read: slice
-
-
-def _spans(table: TapTable, step: int, banded: bool) -> list[_Span]:
-    """An axis in parts of `step`, each with all patches, or with those that have a weight there."""
-    spans = []
-    for start in range(0, table.size_out, step):
-        made, read = slice(start, start + step), slice(0, table.size_in)
-        if banded:
-            first = table.starts[made]  # starts never fall: see `resample`
-            read = slice(int(first[0]), int(first[-1]) + table.taps)
-        spans.append(_Span(made, read))
-    return spans
-
-
 def _complement(normal: FloatArray) -> FloatArray:
     """`1 - normal`, written over its input; the clip takes off what rounding leaves outside [0, 1]."""
     np.subtract(1, normal, out=normal)
     return np.clip(normal, 0, 1, out=normal)
 
 
-def _running_argmax(share: FloatArray, types: TypeArray) -> None:
-    """`np.argmax(share, axis=0)` into `types`, which starts at 0: whole rows at a time instead of pixel by pixel."""
+def _write_anomaly(normal: FloatArray, rows: TapTable, columns: TapTable, anomaly: FloatArray) -> None:
+    """`anomaly_map` of a normal channel [h, w] into [H, W]. In parts, each from the few patches that have weight there.
+
+    With many tiles, most of a table is zeros.
+    """
+    a_y, a_x = rows.dense(), columns.dense()
+    right = spans(columns, list(range(0, columns.size_out, _PART_COLUMNS)))
+    for down in spans(rows, list(range(0, rows.size_out, _PART_ROWS))):
+        tall = a_y[down.made, down.read] @ normal[down.read]  # [step, w]
+        part = anomaly[down.made]
+        for across in right:
+            np.matmul(tall[:, across.read], a_x[across.made, across.read].T, out=part[:, across.made])
+        _complement(part)
+
+
+def _everything(channels: int, rows: TapTable, columns: TapTable) -> Contenders:
+    """All channels in blocks that stay in the cache."""
+    across = min(_PART_COLUMNS, columns.size_out)
+    step = max(1, _BLOCK_BYTES // (4 * channels * across))
+    down = spans(rows, list(range(0, rows.size_out, step)))
+    right = spans(columns, list(range(0, columns.size_out, across)))
+    shape = (channels, len(down), len(right))
+    return Contenders(down, right, np.ones(shape, bool), np.ones(shape, np.float32), np.zeros(channels, np.float32))
+
+
+def _write_types(
+    probs: FloatArray,  # [K+1, h, w]
+    rows: TapTable,
+    columns: TapTable,
+    inside: NDArray[np.bool_] | None,
+    need: Contenders,
+    types: TypeArray,  # [H, W] of zeros
+) -> FloatArray:
+    """The types of one image into `types`; returns the peaks [K+1], that of the normal channel left out."""
+    a_y, a_x = rows.dense(), columns.dense()
+    peaks = need.reached.copy()
+    peaks[0] = np.inf  # the anomaly map tells
+    alone = need.may_win.sum(axis=0) == 1
+    winner = need.may_win.argmax(axis=0)
+    for i, down in enumerate(need.down):
+        tall: FloatArray = a_y[down.made, down.read] @ probs[:, down.read]  # [K+1, step, w]
+        for j, right in enumerate(need.right):
+            block = (down.made, right.made)
+            asked = need.bound[:, i, j] > peaks
+            if alone[i, j]:
+                types[block] = winner[i, j]
+            else:
+                asked |= need.may_win[:, i, j]
+            chosen = np.flatnonzero(asked)
+            if not len(chosen):
+                continue
+            some: FloatArray = tall[chosen, :, right.read]  # [chosen, step, patches]
+            wide: FloatArray = some.reshape(-1, some.shape[2]) @ a_x[right.made, right.read].T
+            share = wide.reshape(*some.shape[:2], -1)  # [chosen, step, across]
+            if inside is not None:
+                share *= inside[block]
+            peaks[chosen] = np.maximum(peaks[chosen], share.max(axis=(1, 2)))
+            if not alone[i, j]:
+                _running_argmax(share, chosen, types[block])
+    return peaks
+
+
+def _running_argmax(share: FloatArray, chosen: NDArray[np.intp], types: TypeArray) -> None:
+    """`chosen[np.argmax(share, axis=0)]` into `types`: whole rows at a time instead of pixel by pixel."""
     best = share[0].copy()
+    types[...] = chosen[0]
     winner = np.empty(best.shape, np.uint8)
-    for channel in range(1, len(share)):
+    for channel, values in zip(chosen[1:], share[1:], strict=True):
         # The later winner has the higher index, so a maximum replaces the earlier one; unlike a masked write, every
         # step here works on many pixels per instruction.
-        np.greater(share[channel], best, out=winner.view(np.bool_))
+        np.greater(values, best, out=winner.view(np.bool_))
         np.multiply(winner, np.uint8(channel), out=winner)
         np.maximum(types, winner, out=types)
-        np.maximum(best, share[channel], out=best)
+        np.maximum(best, values, out=best)

@@ -11,7 +11,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from dapo_edge.runtime.inspector import Inspector
 from dapo_edge.runtime.intake import Intake, Ticket
 from dapo_edge.runtime.outcome import CameraEvent, Outcome
 from dapo_edge.runtime.plan import CameraPlan, SinkPlan
-from dapo_edge.runtime.sources import open_source
+from dapo_edge.runtime.sources import Source, open_source
 from dapo_edge.structures import Frame, Inspection
 
 WIND_UP_S = 0.4  # for threads to end by themselves; one that hangs in a foreign library is left behind
@@ -44,11 +44,12 @@ class Pipeline:
         batch_window_s: float = 0.005,
         drain_s: float = 3.5,
         patience: Patience | None = None,
+        opener: Callable[[str], Source] = open_source,
     ) -> None:
         """Check the plans; nothing is opened yet. Raises `RecipeError`, and `SourceError` for unknown addresses.
 
         `batch_window_s`: how long the first frame of a batch waits for others. `drain_s`: after `stop()`, how long
-        what was captured may take to come out.
+        what was captured may take to come out. `opener` makes a source of a plan's address.
         """
         if not cameras:
             raise RecipeError("a run needs a source", "Name at least one")
@@ -60,7 +61,8 @@ class Pipeline:
         self._news = threading.Event()  # for the watchdog, which else looks up every tick
         self._clock = Stopwatch()
         self._intake = Intake(inspector.package.manifest.batch, batch_window_s)
-        self._sources = [open_source(plan.uri) for plan in cameras]
+        self._opener = opener
+        self._sources = [opener(plan.uri) for plan in cameras]
         for source in self._sources:
             source.check()
         self._plans = list(cameras)
@@ -188,7 +190,7 @@ class Pipeline:
             cameras.append(
                 Camera(
                     source,
-                    functools.partial(open_source, plan.uri),
+                    functools.partial(self._opener, plan.uri),
                     self._intake.add(plan, account),
                     self._delivery.note,
                     host_pixels=not self.inspector.backend.takes_camera_bytes,

@@ -80,7 +80,7 @@ def _by_grid(plan: Plan, tiles: Sequence[TileResult]) -> Iterator[tuple[TileGrid
 
 def _piece(grid: TileGrid, tiles: Sequence[TileResult], rule: str) -> _Piece:
     probs = grid.side_by_side([tile.probs for tile in tiles])
-    maps = reference.defect_map(probs[None], grid.rows, grid.columns, grid.inside, banded=len(grid.boxes) > 1)
+    maps = reference.defect_map(probs[None], grid.rows, grid.columns, grid.inside)
     return _Piece(grid, probs, maps, _score(rule, grid, tiles, maps.anomaly[0]))
 
 

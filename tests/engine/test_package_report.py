@@ -6,7 +6,6 @@ import base64
 import json
 import os
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from pages import Page
 
 from dapo_edge.calibration.ranges import HISTOGRAM_BINS
 from dapo_edge.config import Gate
@@ -22,37 +22,6 @@ from dapo_edge.engine.package_report import DriftExample, LargestDrifts, report_
 from dapo_edge.errors import OutputError
 
 ROLES = ("qkv", "out", "fc1", "fc2")
-VOID = ("meta", "img", "br")
-
-
-class Page(HTMLParser):
-    """Tags, attributes and text of a page, whose elements must be closed in order."""
-
-    def __init__(self, content: bytes) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, Any]]] = []
-        self.open: list[str] = []
-        self.text = ""
-        self.feed(content.decode())
-        self.close()
-        assert not self.open
-        self.words = " ".join(self.text.split())
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self.text += " "
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-        self.text += " "
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-    def of(self, tag: str) -> list[dict[str, Any]]:
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 def precision(runs_as: str, encode_ms: float, size: int, **changes: Any) -> dict[str, Any]:

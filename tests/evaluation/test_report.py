@@ -5,41 +5,21 @@ from __future__ import annotations
 import base64
 import os
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
+from pages import Page
 from painted import paint, save, subject, write_folder
 
 from dapo_edge.evaluation.document import document
 from dapo_edge.evaluation.evaluate import DataSet, _roc, evaluate
 from dapo_edge.evaluation.histograms import Curve
-from dapo_edge.evaluation.page import percent
 from dapo_edge.evaluation.plots import curve_plot
 from dapo_edge.evaluation.report import signed, write_report
-
-
-class Page(HTMLParser):
-    """Tags, attributes and text of a page."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, Any]]] = []
-        self.text = ""
-        self.feed(path.read_text(encoding="utf-8"))
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self.text += " "
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-    def of(self, tag: str) -> list[dict[str, Any]]:
-        return [attributes for name, attributes in self.tags if name == tag]
+from dapo_edge.page import percent
 
 
 def report(
@@ -48,7 +28,7 @@ def report(
     data, used = DataSet.read(layout, root), subjects or [subject()]
     results = evaluate(used, data)
     found = document(used, results, data, "own", 1.0)
-    return Page(write_report(out / "report.html", found, used, results, data)), found
+    return Page(write_report(out / "report.html", found, used, results, data).read_bytes()), found
 
 
 def test_it_needs_nothing_else(tmp_path: Path) -> None:
@@ -105,7 +85,7 @@ def test_an_image_that_shows_two_types_may_be_listed_twice(tmp_path: Path) -> No
     data, used = DataSet.read("csv", tmp_path), [subject()]
     results = evaluate(used, data)
     found = document(used, results, data, "own", 1.0)
-    page = Page(write_report(tmp_path / "report.html", found, used, results, data))
+    page = Page(write_report(tmp_path / "report.html", found, used, results, data).read_bytes())
     assert ": rust, " in page.text
     assert ": stain, " in page.text
 

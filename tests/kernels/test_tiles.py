@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dapo_edge.kernels import blas, reference, resample
+from dapo_edge.kernels import blas, contenders, reference, resample
 from dapo_edge.kernels.map_spec import MapSpec
 
 
@@ -55,22 +55,26 @@ def test_one_tile_has_the_ordinary_tables() -> None:
     assert columns is ordinary_columns
 
 
-def test_a_map_in_parts_is_the_map() -> None:
+@pytest.mark.parametrize("size", [(1700, 300), (5100, 900)])
+def test_a_map_of_tiles_is_the_plain_formulas(size: tuple[int, int]) -> None:
+    """Both where patches are small on the map and where they are large."""
+    width, height = size
     spec = MapSpec(image_size=96, grid=(6, 8), temperature=0.07, align_corners=True, smoothing_px=2, score="max")
-    rows, columns = spec.tiled_tables((1700, 300), (500, 120), (0, 400, 800, 1200), (0, 90, 180))
-    scores = np.random.default_rng(0).gumbel(size=(2, 5, 18, 32)).astype(np.float32)
+    lefts, tops = tuple(width * share // 17 for share in (0, 4, 8, 12)), tuple(height * n // 30 for n in (0, 9, 18))
+    rows, columns = spec.tiled_tables(size, (width * 5 // 17, height * 12 // 30), lefts, tops)
+    assert contenders.is_worth_it(rows, columns) == (width > 2000)
+    scores = np.random.default_rng(0).gumbel(size=(1, 5, 18, 32)).astype(np.float32)
     probs = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
-    whole = reference.defect_map(probs, rows, columns)
-    parts = reference.defect_map(probs, rows, columns, banded=True)
-    np.testing.assert_allclose(parts.anomaly, whole.anomaly, atol=2e-6)
-    np.testing.assert_allclose(parts.peaks, whole.peaks, atol=2e-6)
-    assert (parts.types == whole.types).mean() > 0.9999
-    inside = np.random.default_rng(1).random((300, 1700)) < 0.5
-    masked = reference.defect_map(probs, rows, columns, inside, banded=True)
-    np.testing.assert_array_equal(masked.anomaly, np.where(inside, parts.anomaly, 0))
-    np.testing.assert_array_equal(masked.types, np.where(inside, parts.types, 0))
-    every = reference.upsample_maps(probs, rows, columns)[:, 1:] * inside
-    np.testing.assert_allclose(masked.peaks[:, 1:], every.max(axis=(2, 3)), atol=2e-6)
+    channels = reference.upsample_maps(probs, rows, columns)
+    maps = reference.defect_map(probs, rows, columns)
+    np.testing.assert_allclose(maps.anomaly, 1 - channels[:, 0], atol=2e-6)
+    np.testing.assert_allclose(maps.peaks, channels.max(axis=(2, 3)), atol=2e-6)
+    assert (maps.types == channels.argmax(axis=1)).mean() > 0.9999
+    inside = np.random.default_rng(1).random((height, width)) < 0.5
+    masked = reference.defect_map(probs, rows, columns, inside)
+    np.testing.assert_array_equal(masked.anomaly, np.where(inside, maps.anomaly, 0))
+    np.testing.assert_array_equal(masked.types, np.where(inside, maps.types, 0))
+    np.testing.assert_allclose(masked.peaks[:, 1:], (channels[:, 1:] * inside).max(axis=(2, 3)), atol=2e-6)
 
 
 def test_blas_has_one_thread_inside_and_its_own_number_again_after() -> None:

@@ -48,3 +48,30 @@ def test_the_type_of_a_defect_is_that_of_its_pixels_whichever_part_they_are_of(s
     for region, (score, kind, corner) in zip(found, sorted(expected, key=lambda each: -each[0]), strict=True):
         assert (region.score, region.type, region.box[:2]) == (score, kind, corner)
     assert len({region.type for region in found}) > 1
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_areas_are_the_connected_components(seed: int) -> None:
+    """Specks, areas inside the holes of others, areas that touch at a corner, and areas at the map's edges."""
+    rng = np.random.default_rng(seed)
+    height, width = (int(side) for side in rng.integers(2, 90, 2))
+    anomaly = rng.random((height, width)).astype(np.float32)
+    threshold = float(rng.choice([0.2, 0.5, 0.8, 0.97]))
+    if seed % 3 == 0:
+        anomaly = np.zeros((40, 50), np.float32)
+        anomaly[5:35, 5:35], anomaly[8:32, 8:32] = 0.8, 0.1  # a ring
+        anomaly[12:20, 12:20] = 0.9  # in its hole
+        anomaly[20:24, 20:24] = 0.7  # touches that one at a corner
+        anomaly[39, 49], threshold = 1, 0.5
+        height, width = anomaly.shape
+    part = random_part(seed, (height, width), (0, 0), None)
+    found = regions_of_parts(anomaly, (part,), NAMES, threshold, (width, height))
+    above = (anomaly > threshold).view(np.uint8)
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(above, connectivity=8)
+    expected = [
+        (tuple(map(int, stats[label, :4])), int(stats[label, cv2.CC_STAT_AREA]), float(anomaly[labels == label].max()))
+        for label in range(1, len(stats))
+    ]
+    assert expected
+    assert sorted((region.box, region.area_px, region.score) for region in found) == sorted(expected)
+    assert [region.score for region in found] == sorted((score for _, _, score in expected), reverse=True)
