@@ -20,7 +20,8 @@ FloatArray = NDArray[np.float32]
 
 _BLOCK_SIDE = 160  # pixels: small enough for few types to meet in a block, large enough to be worth its calls
 _SAMPLES_PER_PATCH = 5
-_SMALLEST_STEP = 5  # pixels between samples; closer ones cost more than they save
+_SMALLEST_STEP = 8  # pixels between samples; closer ones cost more than they save
+_SMALLEST_PATCH = 3 * _SMALLEST_STEP  # pixels of the map; with fewer samples on a patch the bounds are too wide
 _ROUNDING = np.float32(1e-5)  # many times what float32 products of probabilities are off by
 
 
@@ -54,7 +55,7 @@ class Contenders:
 
 def is_worth_it(rows: TapTable, columns: TapTable) -> bool:
     """Whether patches are large enough on the map for `contenders` to save more than it costs."""
-    return min(_step(rows), _step(columns)) >= _SMALLEST_STEP
+    return all(table.size_out >= _SMALLEST_PATCH * table.size_in for table in (rows, columns))
 
 
 def contenders(
@@ -75,8 +76,10 @@ def contenders(
     samples: FloatArray = tall @ a_x.T  # [K+1, n, m]
     width = probs.max(axis=(1, 2)) - probs.min(axis=(1, 2))  # [K+1]
     slack = (y.rest[:, None] + x.rest) * (width / 2)[:, None, None] + _ROUNDING  # [K+1, n-1, m-1]
-    highest = _of_corners(np.maximum, samples) + slack
-    lowest = _of_corners(np.minimum, samples) - slack
+    highest = _of_corners(np.maximum, samples)
+    highest += slack
+    lowest = _of_corners(np.minimum, samples)
+    lowest -= slack
     may_win = highest >= lowest.max(axis=0)
     if inside is not None:
         samples *= inside[np.ix_(y.places, x.places)]
@@ -118,12 +121,12 @@ def _rest(weights: NDArray[np.float64]) -> float:
 
 def _step(table: TapTable) -> int:
     """Pixels between samples."""
-    return table.size_out // (_SAMPLES_PER_PATCH * table.size_in)
+    return max(_SMALLEST_STEP, table.size_out // (_SAMPLES_PER_PATCH * table.size_in))
 
 
 def _of_corners(choose: np.ufunc, samples: FloatArray) -> FloatArray:
     """`choose` over the four samples around each cell, `[K+1, n, m]` to `[K+1, n-1, m-1]`."""
-    edges = choose(samples[:, 1:], samples[:, :-1])
+    edges: FloatArray = choose(samples[:, 1:], samples[:, :-1])
     return choose(edges[:, :, 1:], edges[:, :, :-1])
 
 

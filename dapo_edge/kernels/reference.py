@@ -8,12 +8,13 @@ normal channel.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dapo_edge.kernels.contenders import Contenders, contenders, is_worth_it, spans
+from dapo_edge.kernels.contenders import Span, contenders, is_worth_it, spans
 from dapo_edge.kernels.map_spec import ScoreRule
 from dapo_edge.kernels.resample import TapTable
 
@@ -24,8 +25,8 @@ SCORE_RULES = get_args(ScoreRule)
 
 _EPSILON = np.float32(1e-12)  # the smallest length a vector is divided by: a zero vector stays zero
 _TOP_FRACTION = 0.01
-_BLOCK_BYTES = 1 << 22  # upsampled channels held at once on small maps: a block that stays in the last cache
-_PART_ROWS, _PART_COLUMNS = 128, 512  # of the anomaly map: few enough to need only a few of many tiles
+_BLOCK_BYTES = 1 << 22  # upsampled channels held at once by a map of all of them: a block that stays in the cache
+_PART_ROWS, _PART_COLUMNS = 128, 512  # few enough of a map's pixels to need only a few of many tiles
 
 
 def normalise(x: FloatArray, axis: int = -1) -> FloatArray:
@@ -109,13 +110,9 @@ def defect_map(
     anomaly = np.empty((batch, rows.size_out, columns.size_out), np.float32)
     types = np.zeros(anomaly.shape, np.uint8)
     peaks = np.zeros((batch, channels), np.float32)
+    of_one_image = _contested if is_worth_it(rows, columns) else _every_channel
     for image in range(batch):
-        _write_anomaly(probs[image, 0], rows, columns, anomaly[image])
-        if is_worth_it(rows, columns):
-            need = contenders(probs[image], rows, columns, inside)
-        else:
-            need = _everything(channels, rows, columns)
-        peaks[image] = _write_types(probs[image], rows, columns, inside, need, types[image])
+        peaks[image] = of_one_image(probs[image], rows, columns, inside, anomaly[image], types[image])
     if inside is not None:
         anomaly *= inside
         types *= inside
@@ -200,7 +197,11 @@ def _softmax(logits: FloatArray, axis: int) -> FloatArray:
 
 def _upsample(probs: FloatArray, a_y: FloatArray, a_x: FloatArray) -> FloatArray:
     tall: FloatArray = a_y @ probs  # [..., H, w]
-    # One large product instead of one per channel.
+    return _widened(tall, a_x)
+
+
+def _widened(tall: FloatArray, a_x: FloatArray) -> FloatArray:
+    """`tall @ a_xᵀ`, as one large product instead of one per channel."""
     wide: FloatArray = tall.reshape(-1, tall.shape[-1]) @ a_x.T
     return wide.reshape(*tall.shape[:-1], -1)
 
@@ -211,41 +212,44 @@ def _complement(normal: FloatArray) -> FloatArray:
     return np.clip(normal, 0, 1, out=normal)
 
 
-def _write_anomaly(normal: FloatArray, rows: TapTable, columns: TapTable, anomaly: FloatArray) -> None:
-    """`anomaly_map` of a normal channel [h, w] into [H, W]. In parts, each from the few patches that have weight there.
-
-    With many tiles, most of a table is zeros.
-    """
-    a_y, a_x = rows.dense(), columns.dense()
-    right = spans(columns, list(range(0, columns.size_out, _PART_COLUMNS)))
-    for down in spans(rows, list(range(0, rows.size_out, _PART_ROWS))):
-        tall = a_y[down.made, down.read] @ normal[down.read]  # [step, w]
-        part = anomaly[down.made]
-        for across in right:
-            np.matmul(tall[:, across.read], a_x[across.made, across.read].T, out=part[:, across.made])
-        _complement(part)
-
-
-def _everything(channels: int, rows: TapTable, columns: TapTable) -> Contenders:
-    """All channels in blocks that stay in the cache."""
-    across = min(_PART_COLUMNS, columns.size_out)
-    step = max(1, _BLOCK_BYTES // (4 * channels * across))
-    down = spans(rows, list(range(0, rows.size_out, step)))
-    right = spans(columns, list(range(0, columns.size_out, across)))
-    shape = (channels, len(down), len(right))
-    return Contenders(down, right, np.ones(shape, bool), np.ones(shape, np.float32), np.zeros(channels, np.float32))
-
-
-def _write_types(
+def _every_channel(
     probs: FloatArray,  # [K+1, h, w]
     rows: TapTable,
     columns: TapTable,
     inside: NDArray[np.bool_] | None,
-    need: Contenders,
-    types: TypeArray,  # [H, W] of zeros
+    anomaly: FloatArray,  # [H, W], written
+    types: TypeArray,  # [H, W], written
 ) -> FloatArray:
-    """The types of one image into `types`; returns the peaks [K+1], that of the normal channel left out."""
+    """One image's maps as if nothing were masked, and the masked peaks [K+1]; block by block to stay in the cache."""
     a_y, a_x = rows.dense(), columns.dense()
+    channels = np.arange(len(probs))
+    peaks = np.zeros(len(probs), np.float32)
+    across = min(_PART_COLUMNS, columns.size_out)
+    step = max(1, _BLOCK_BYTES // (4 * len(probs) * across))
+    for down, right in product(_parts(rows, step), _parts(columns, across)):
+        block = (down.made, right.made)
+        share = _upsample(probs[:, down.read, right.read], a_y[down.made, down.read], a_x[right.made, right.read])
+        anomaly[block] = share[0]
+        _running_argmax(share, channels, types[block])
+        if inside is not None:
+            share *= inside[block]
+        np.maximum(peaks, share.max(axis=(1, 2)), out=peaks)
+    _complement(anomaly)
+    return peaks
+
+
+def _contested(
+    probs: FloatArray,  # [K+1, h, w]
+    rows: TapTable,
+    columns: TapTable,
+    inside: NDArray[np.bool_] | None,
+    anomaly: FloatArray,  # [H, W], written
+    types: TypeArray,  # [H, W], written
+) -> FloatArray:
+    """What `_every_channel` makes, from those channels that can win or reach a new peak in a block."""
+    _write_anomaly(probs[0], rows, columns, anomaly)
+    a_y, a_x = rows.dense(), columns.dense()
+    need = contenders(probs, rows, columns, inside)
     peaks = need.reached.copy()
     peaks[0] = np.inf  # the anomaly map tells
     alone = need.may_win.sum(axis=0) == 1
@@ -262,15 +266,29 @@ def _write_types(
             chosen = np.flatnonzero(asked)
             if not len(chosen):
                 continue
-            some: FloatArray = tall[chosen, :, right.read]  # [chosen, step, patches]
-            wide: FloatArray = some.reshape(-1, some.shape[2]) @ a_x[right.made, right.read].T
-            share = wide.reshape(*some.shape[:2], -1)  # [chosen, step, across]
+            share = _widened(tall[chosen, :, right.read], a_x[right.made, right.read])  # [chosen, step, across]
+            if not alone[i, j]:
+                _running_argmax(share, chosen, types[block])
             if inside is not None:
                 share *= inside[block]
             peaks[chosen] = np.maximum(peaks[chosen], share.max(axis=(1, 2)))
-            if not alone[i, j]:
-                _running_argmax(share, chosen, types[block])
     return peaks
+
+
+def _write_anomaly(normal: FloatArray, rows: TapTable, columns: TapTable, anomaly: FloatArray) -> None:
+    """`anomaly_map` of a normal channel [h, w] into [H, W]: in parts, each from the few patches with weight there."""
+    a_y, a_x = rows.dense(), columns.dense()
+    right = _parts(columns, _PART_COLUMNS)
+    for down in _parts(rows, _PART_ROWS):
+        tall = a_y[down.made, down.read] @ normal[down.read]  # [step, w]
+        part = anomaly[down.made]
+        for across in right:
+            np.matmul(tall[:, across.read], a_x[across.made, across.read].T, out=part[:, across.made])
+        _complement(part)
+
+
+def _parts(table: TapTable, step: int) -> list[Span]:
+    return spans(table, list(range(0, table.size_out, step)))
 
 
 def _running_argmax(share: FloatArray, chosen: NDArray[np.intp], types: TypeArray) -> None:

@@ -22,6 +22,7 @@ from dapo_edge.structures import MIN_SIDE_PX, Box
 
 MAX_TILES = 1024  # of one frame: each is a view of its own for the encoder
 _SMOOTHED_SIGMAS = 4  # how far `resample.gaussian` reaches
+_ROUNDING_PX = 1e-6
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,8 @@ class _Axis:
     def cuts(self) -> list[tuple[int, int]]:
         """Start and length of each tile, px of the frame. Lengths are equal, because a GPU has a graph for each."""
         scale = self.length / self.map_length
-        length = max(1, round(self.tile * scale))
+        # Never too short, or a pixel between two tiles is seen by neither; the rest is float rounding.
+        length = max(1, int(np.ceil(self.tile * scale - _ROUNDING_PX)))
         return [(self.start + min(round(start * scale), self.length - length), length) for start in self.tile_starts]
 
 

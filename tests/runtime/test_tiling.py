@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from field_backend import SPEC, FieldBackend, waves, with_spec
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -196,6 +196,7 @@ def test_tiles_of_a_camera_s_own_bytes(package: EnginePackage, pixel_format: Any
     st.floats(0.003, 1),
     st.sampled_from(["scaled", "frame"]),
 )
+@example(153, 16, 0.0, 1 / 64, "scaled")  # two tiles of 76.5 px
 def test_tiles_cover_a_region_without_gaps(length: int, tile: int, share: float, scale: float, kind: str) -> None:
     overlap = int(share * tile)
     if tile < length and (length - tile) / (tile - overlap) > 300:
