@@ -2,7 +2,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo rigs test test-slow test-gpu lint bench bench-gpu table reference clean
+.PHONY: demo rigs test test-slow test-gpu lint bench bench-gpu peers table reference clean
 
 demo: $(READY)
 	$(BIN)/dapo-edge demo
@@ -34,9 +34,22 @@ bench: $(READY)
 	$(BIN)/python benchmarks/metrics.py
 	$(BIN)/python benchmarks/int8.py
 	$(BIN)/python benchmarks/line.py
+	$(BIN)/python benchmarks/peers.py
+	$(BIN)/python benchmarks/roofline.py --full-size
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/guard.py
 
 bench-gpu:
 	$(PYTHON) benchmarks/gpu.py $(ARGS)
+
+# What benchmarks/peers.py compares with. anomalib has an environment of its own: it brings its own torch and open_clip.
+peers: $(READY) .venv-peers/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers]'
+
+.venv-peers/.ready:
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check 'anomalib[openvino,cpu,clip]==2.7.0'
+	touch $@
 
 table: $(READY)
 	$(BIN)/python benchmarks/surfaces_v1.py
@@ -50,4 +63,4 @@ $(READY): setup.py constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-peers build *.egg-info

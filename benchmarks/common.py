@@ -9,9 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dapo_edge.config import Recipe, parse_recipe
 from dapo_edge.data.surfaces import DEFECTS
 from dapo_edge.device import this_device
+from dapo_edge.prompt_bank import PromptBank
+from dapo_edge.structures import NORMAL
 
 HERE = Path(__file__).parent
 DEMO_RECIPE = HERE.parent / "dapo_edge" / "assets" / "surface-tiny.yaml"
@@ -37,6 +42,21 @@ def vit_b16() -> Recipe:
     )
 
 
+def released() -> Recipe:
+    """The released DAPO: ViT-L/14 at 518 px, four tapped blocks, 20 defect types, no smoothing; seeded weights."""
+    return parse_recipe(
+        {
+            "name": "dapo-vitl14-518",
+            "backbone": {"model": "ViT-L-14-336-quickgelu"},
+            "image_size": 518,
+            "feature_layers": [6, 12, 18, 24],
+            "prompts": {"defects": [f"defect {number}" for number in range(1, 21)], "readout": "release"},
+            "map": {"smoothing_px": 0},
+            "gate": {"count": 1},
+        }
+    )
+
+
 def resident_mb() -> float:
     """Resident memory of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
@@ -46,3 +66,17 @@ def say(what: str, value: dict[str, Any]) -> dict[str, Any]:
     """Print a part of the result as soon as it is there, and hand it on."""
     print(f"{what}: {json.dumps(value)}", file=sys.stderr)
     return value
+
+
+def bank_around(tokens: NDArray[np.float32], types: int, seed: int = 0) -> PromptBank:
+    """A bank of `types` defect types, unit rows drawn around real patch tokens [1, L, N, D].
+
+    With seeded weights the words' own rows give nearly flat maps, which no line would show.
+    """
+    patches = tokens[0].reshape(-1, tokens.shape[-1])
+    centred = patches - patches.mean(axis=0)
+    draw = np.random.default_rng(seed)
+    rows = centred[draw.choice(len(centred), types + 1, replace=False)]
+    rows = rows + 0.1 * rows.std() * draw.standard_normal(rows.shape)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    return PromptBank((NORMAL, *(f"type {number}" for number in range(1, types + 1))), rows.astype(np.float32))

@@ -23,23 +23,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
-import torch
-import torch.nn.functional as F
-from common import DEMO_RECIPE, FRAME_SIZE, resident_mb, results_folder, say, vit_b16
+from common import DEMO_RECIPE, FRAME_SIZE, released, resident_mb, results_folder, say, vit_b16
 from numpy.typing import NDArray
-from PIL import Image
+from usual import Usual
 
 from dapo_edge import Inspector, build
 from dapo_edge.backends.openvino import OpenVinoBackend
 from dapo_edge.bench import percentiles
-from dapo_edge.config import Recipe, load_recipe, parse_recipe
+from dapo_edge.config import load_recipe
 from dapo_edge.data.belt import Belt
 from dapo_edge.data.surfaces import make_surface
 from dapo_edge.device import as_json, this_device
 from dapo_edge.models.eager import EagerBackend
-from dapo_edge.models.method import Method
 from dapo_edge.package import EnginePackage, Threshold, Thresholds
 from dapo_edge.prompt_bank import PromptBank
 
@@ -68,8 +64,8 @@ def main() -> None:
             "belt": say("belt", {precision: belt(demo, precision) for precision in ("fp32", "fp16")}),
         }
         if arguments.full_size:
-            released = build(_released(), Path(scratch) / "released.dapo")
-            result["parity"]["ViT-L-14-336-quickgelu at 518 px"] = say("full size", parity(released, 1))
+            full_size = build(released(), Path(scratch) / "released.dapo")
+            result["parity"]["ViT-L-14-336-quickgelu at 518 px"] = say("full size", parity(full_size, 1))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"written: {arguments.out}", file=sys.stderr)
@@ -146,7 +142,7 @@ def against_eager(package: EnginePackage, rounds: int) -> dict[str, Any]:
     frames = [Belt(FRAME_SIZE, seed=1).frame(index * 15).image for index in range(8)]
     eager = EagerBackend.open(package, map_size="model")
     bank = contrasting_bank(package, eager.encode(frames[:1])[0])
-    usual = _usual_pipeline(eager.method, bank, package.manifest.map.smoothing_px)
+    usual = Usual(package.manifest, bank).around(lambda image: eager.method(image)[0])
     timings: dict[str, list[float]] = {"eager": [], "ours": []}
     stages: dict[str, list[float]] = {}
     ratios = []
@@ -208,42 +204,6 @@ def belt(package: EnginePackage, precision: str, frames: int = 200) -> dict[str,
         for index in range(20, 20 + frames):
             inspector.inspect(world.frame(index).image)
         return {"runs_as": inspector.backend.precision, "fps": frames / (time.perf_counter() - started)}
-
-
-def _usual_pipeline(
-    method: Method, bank: PromptBank, sigma: float
-) -> Callable[[NDArray[np.uint8]], tuple[NDArray[np.float32], NDArray[np.uint8]]]:
-    """What people write: Pillow's bicubic, eager torch, interpolate every channel, cv2's Gaussian."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (method.clip.mean, method.clip.std))
-    rows = torch.from_numpy(bank.rows)
-    size = (method.image_size, method.image_size)
-
-    @torch.inference_mode()
-    def run(frame: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-        rgb = Image.fromarray(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)).resize(size, Image.Resampling.BICUBIC)
-        image = (torch.from_numpy(np.array(rgb)).permute(2, 0, 1).float() / 255 - mean) / std
-        tokens, _ = method(image[None])
-        logits = F.normalize(tokens, dim=-1) @ rows.T / method.temperature
-        probabilities = logits.softmax(-1).mean(1).transpose(1, 2).unflatten(2, method.grid)
-        maps = F.interpolate(probabilities, size=size, mode="bilinear", align_corners=True)[0].numpy()
-        smooth = np.stack([cv2.GaussianBlur(channel, (0, 0), sigma, borderType=cv2.BORDER_REFLECT) for channel in maps])
-        return 1 - smooth[0], smooth.argmax(axis=0).astype(np.uint8)
-
-    return run
-
-
-def _released() -> Recipe:
-    return parse_recipe(
-        {
-            "name": "dapo-vitl14-518",
-            "backbone": {"model": "ViT-L-14-336-quickgelu"},
-            "image_size": 518,
-            "feature_layers": [6, 12, 18, 24],
-            "prompts": {"defects": [f"defect {number}" for number in range(1, 21)], "readout": "release"},
-            "map": {"smoothing_px": 0},
-            "gate": {"count": 1},
-        }
-    )
 
 
 def _time(call: Callable[[int], object], frames: int) -> list[float]:

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from dapo_edge.cli_start import EXIT_INTERRUPTED
-from dapo_edge.errors import DeadlineError, RecipeError
+from dapo_edge.errors import DeadlineError, RecipeError, SourceError
 from dapo_edge.terminal import (
     PACKAGE_PATH,
     PRECISION,
@@ -25,6 +25,10 @@ from dapo_edge.terminal import (
 )
 
 DEFAULT_SOURCE = "synthetic://1920x1080@30"  # of dapo_edge.bench, which is loaded when it is needed
+MANY_AT_ONCE = (
+    "the engine was opened for the most frames per second of several cameras: a single frame may take longer "
+    "than without --cameras"
+)
 
 
 class Counts(click.ParamType):
@@ -95,7 +99,6 @@ def bench(
     """Time PACKAGE on this machine: percentiles per stage, one frame at a time or at a line's rate."""
     from dapo_edge.bench import BenchPlan
     from dapo_edge.bench import bench as run_bench
-    from dapo_edge.files import check_writable
     from dapo_edge.runtime.inspector import Inspector
 
     plan = BenchPlan(**measure)
@@ -104,8 +107,7 @@ def bench(
     if report:
         from dapo_edge.bench.report import check_can_write
 
-        check_can_write()
-        check_writable(report.parent)
+        check_can_write(report)
     options = {"backend": backend, "map_size": parse_map_size(map_size)}
     # As `run` opens the engine: for the single frame of one camera, or for the most frames of several.
     options["throughput"] = max(plan.cameras, default=1) > 1
@@ -115,17 +117,11 @@ def bench(
         Inspector(compare, precision=compare_precision, **options) if compare else nullcontext() as other,
     ):
         result = run_bench(inspector, plan, compare=other, command=sys.argv, progress=progress)
-    if json_output:
-        print_json(result)
-    else:
-        from dapo_edge.bench.table import bench_table
-
-        print_rich(bench_table(result))
-    if report:
-        from dapo_edge.bench.report import write_report
-
-        write_report(result, report)
-        say(f"written: {report}")
+    if options["throughput"] and (plan.rate_fps is None or plan.swept_cameras):
+        result["warnings"].append(MANY_AT_ONCE)
+    _tell(result, json_output, report)
+    if result["error"]:
+        raise SourceError(**result["error"])
     if result["interrupted"]:
         return EXIT_INTERRUPTED
     check_deadline(result)
@@ -138,8 +134,22 @@ def check_deadline(result: dict[str, Any]) -> None:
     if deadline is None or deadline["met"]:
         return
     p99 = result["stages"]["total"]["p99"]
-    count = result["frames"] + result["failed"]
     raise DeadlineError(
-        f"p99 of {p99:.1f} ms against a deadline of {deadline['ms']:g} ms: {deadline['misses']} of {count} frames late",
+        f"p99 of {p99:.1f} ms against a deadline of {deadline['ms']:g} ms: "
+        f"{deadline['misses']} frames late or lost ({deadline['share']:.2%})",
         "Lower the rate, the map size or the precision, take a faster machine, or a later deadline",
     )
+
+
+def _tell(result: dict[str, Any], json_output: bool, report: Path | None) -> None:
+    if json_output:
+        print_json(result)
+    else:
+        from dapo_edge.bench.table import bench_table
+
+        print_rich(bench_table(result))
+    if report:
+        from dapo_edge.bench.report import write_report
+
+        write_report(result, report)
+        say(f"written: {report}")

@@ -13,7 +13,12 @@ from dapo_edge.errors import OutputError
 
 
 def write_atomically(path: Path, content: bytes) -> Path:
-    """Write beside `path`, then rename; makes its folder. Raises `OutputError` when the system refuses."""
+    """Write beside `path`, then rename; makes its folder.
+
+    Raises `OutputError` when the system refuses, and for what is no plain file: a device would be replaced by one.
+    """
+    if path.exists() and not path.is_file():
+        raise OutputError(f"'{path}' exists and is no plain file", "Name another file")
     beside = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ class Engine(FakeInspector):
 
     def __init__(
         self,
-        seconds: float,
+        seconds: float = 0.0,
         *,
         stall_s: float = 0.0,
         fault: Callable[[Frame], BaseException | None] = lambda frame: None,
@@ -32,14 +32,16 @@ class Engine(FakeInspector):
         self._stalls_at_s = time.monotonic() + 1
         self._lock = threading.Lock()
 
-    def inspect_batch(self, frames: Sequence[Frame], views: Sequence[Any]) -> list[Inspection | FrameError]:
+    def inspect_batch(
+        self, frames: Sequence[Frame], views: Sequence[Any] | None = None
+    ) -> list[Inspection | FrameError]:
         started = time.perf_counter()
         self.seen += [(frame.arrived_s, frame.index) for frame in frames]
         with self._lock:
             if self._stall_s and time.monotonic() >= self._stalls_at_s:
                 time.sleep(self._stall_s)
                 self._stalls_at_s += 1
-        results = super().inspect_batch(frames, views)
+        results = super().inspect_batch(frames, views or [None] * len(frames))
         ms = (time.perf_counter() - started) * 1e3
         return [
             replace(result, ms={"encode": ms, "total": ms}) if isinstance(result, Inspection) else result
@@ -47,7 +49,7 @@ class Engine(FakeInspector):
         ]
 
     def inspect(self, frame: Frame) -> Inspection:
-        (result,) = self.inspect_batch([frame], [None])
+        (result,) = self.inspect_batch([frame])
         if isinstance(result, FrameError):
             raise result
         return result

@@ -27,9 +27,9 @@ SMALL = ("--source", "synthetic://96x64", "--warmup", "1")
 PERCENTILES = ["n", "mean", "std", "min", "p50", "p90", "p95", "p99", "max"]
 KEYS = [
     "schema", "version", "date", "command", "device", "software", "package", "backend", "precision", "source", "mode",
-    "interrupted", "warm_up", "frames", "failed", "seconds", "fps", "stages", "jitter_ms", "deadline", "rate",
+    "interrupted", "error", "warm_up", "frames", "failed", "seconds", "fps", "stages", "jitter_ms", "deadline", "rate",
     "find_rate", "compare", "sweeps", "histogram", "cdf", "timeline", "power", "clocks", "temperature", "memory",
-    "power_mode", "warnings",
+    "power_mode", "others", "warnings",
 ]  # fmt: skip
 
 
@@ -86,6 +86,22 @@ def test_at_a_rate(package: EnginePackage) -> None:
     assert "wait" in found["stages"]
     assert found["deadline"] == {"ms": 5000.0, "misses": 0, "share": 0.0, "met": True}
     assert found["sweeps"]["cameras"] == []
+    assert found["fps"] == found["rate"]["achieved_fps"] <= 42
+    assert not any("opened for the most frames" in warning for warning in found["warnings"])
+
+
+def test_a_live_source_keeps_its_own_rate_and_says_so(package: EnginePackage) -> None:
+    slow = timed(package, "--source", "synthetic://96x64@5?realtime=1", "--rate", 10, "--frames", 5)
+    assert any("of the 10 frames/s that were asked for" in warning for warning in slow["warnings"])
+    fast = timed(package, "--source", "synthetic://96x64@10?realtime=1", "--rate", 5, "--frames", 5)
+    assert any("where 5 were asked for" in warning for warning in fast["warnings"])
+
+
+def test_pictures_that_are_left_out_are_said(package: EnginePackage, tmp_path: Path) -> None:
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "good.pgm").write_bytes(b"P5 32 32 255\n" + bytes(32 * 32))
+    found = timed(package, "--source", tmp_path, "--frames", 3)
+    assert any("1 of the first 2 frames" in warning for warning in found["warnings"])
 
 
 def test_a_table_and_a_page(package: EnginePackage, tmp_path: Path) -> None:
@@ -106,6 +122,7 @@ def test_two_packages_and_sweeps(package: EnginePackage, package_copy: Path) -> 
     assert compare["times_faster"]["low"] <= compare["times_faster"]["median"] <= compare["times_faster"]["high"]
     assert [row["frames_per_call"] for row in found["sweeps"]["batches"]] == [1, 3]
     assert [row["cameras"] for row in found["sweeps"]["cameras"]] == [1, 2]
+    assert any("opened for the most frames" in warning for warning in found["warnings"])
 
 
 @pytest.mark.parametrize(
@@ -166,16 +183,16 @@ def test_a_deadline_below_the_encoder_s_floor(package: EnginePackage) -> None:
     result = dapo_edge("bench", package.path, *SMALL, "--find-rate", "--deadline-ms", "0.01")
     refused(6, "0.01 ms", "encode", result=result)
     late = dapo_edge("bench", package.path, *SMALL, "--frames", 5, "--deadline-ms", "0.01", "--json")
-    refused(6, "5 of 5 frames late", result=late)
+    refused(6, "5 frames late or lost (100.00%)", result=late)
     found = json.loads(late.stdout)  # nothing is lost
     assert found["deadline"]["misses"] == 5
     assert any("below what the encoder alone takes" in warning for warning in found["warnings"])
 
 
 def test_a_missed_deadline_is_an_error() -> None:
-    document = {"deadline": {"ms": 10.0, "met": False, "misses": 3}, "stages": {"total": {"p99": 41.23}}}
-    with pytest.raises(DeadlineError, match=r"p99 of 41\.2 ms against a deadline of 10 ms: 3 of 7 frames late"):
-        check_deadline({**document, "frames": 6, "failed": 1})
+    missed = {"ms": 10.0, "met": False, "misses": 3, "share": 3 / 7}
+    with pytest.raises(DeadlineError, match=r"p99 of 41\.2 ms against a deadline of 10 ms: 3 frames late .*42\.86%"):
+        check_deadline({"deadline": missed, "stages": {"total": {"p99": 41.23}}})
     check_deadline({"deadline": None})
     check_deadline({"deadline": {"met": True}})
 

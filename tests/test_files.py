@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from dapo_edge.errors import OutputError
-from dapo_edge.files import check_writable
+from dapo_edge.files import check_writable, write_atomically
 
 
 def test_a_check_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -42,3 +43,12 @@ def test_looking_leaves_other_files_alone(tmp_path: Path) -> None:
     (tmp_path / ".probe").write_text("precious")
     check_writable(tmp_path)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(".probe", "precious")]
+
+
+def test_a_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for place in (pipe, tmp_path):
+        with pytest.raises(OutputError, match="is no plain file"):
+            write_atomically(place, b"content")
+    assert pipe.is_fifo()

@@ -99,13 +99,15 @@ class ClockedLine:
         self._pipeline = Pipeline(inspector, cameras, [SinkPlan(self.clock, "wait")], opener=self._source)
         self.clock.counts = self._pipeline.counts
         self._error: BaseException | None = None
+        self.broken: SourceError | None = None  # with which the source broke off, after frames that count
         self._found_s = time.monotonic()  # when a camera was there last
 
     def run(self, of: int, seconds: float | None, progress: Tick) -> bool:
-        """Run to the end, or for `seconds` from the first frame that counts. Returns whether Ctrl-C cut it short.
+        """Run to the end, or for `seconds` from the first frame that counts.
 
-        A KeyboardInterrupt before the first timed frame is raised, as is what the line raises and what `progress` does.
-        Raises `SourceError` for a camera that is not there, and when not one frame could be timed.
+        Returns whether it was cut short: by a KeyboardInterrupt, or because the source broke off. Before the first
+        timed frame these are raised, as is at any time what else the line raises and what `progress` does. Raises
+        `SourceError` for a camera that is not there, and when not one frame could be timed.
         """
         thread = threading.Thread(target=self._work, name="bench", daemon=True)
         self._found_s = time.monotonic()
@@ -122,6 +124,11 @@ class ClockedLine:
         except KeyboardInterrupt:
             if not len(self.clock.samples):
                 raise
+            return True
+        except SourceError as error:
+            self._error = error
+        if isinstance(self._error, SourceError) and len(self.clock.samples):
+            self.broken = self._error
             return True
         if self._error is not None:
             raise self._error
@@ -155,12 +162,12 @@ class ClockedLine:
     def _lasted_s(self, now_s: float) -> float:
         """Since the first frame that counts; nothing until there are two, of which a rate can be told."""
         first_s = self.clock.first_s
-        return 0.0 if first_s is None or len(self.clock.samples) < 2 else now_s - first_s
+        return 0.0 if first_s is None or self.clock.done < 2 else now_s - first_s
 
     def _check_camera(self, now_s: float) -> None:
         """A run waits for a lost camera for ever; a measurement can't. Raises `SourceError`."""
         cameras = self._pipeline.cameras
-        if any(camera.state in ("live", "ended") for camera in cameras):
+        if self._sources or all(camera.state in ("live", "ended") for camera in cameras):
             self._found_s = now_s
         elif now_s - self._found_s > CAMERA_S:
             reason = next((f" ({camera.reason})" for camera in cameras if camera.reason), "")

@@ -12,6 +12,8 @@ from dapo_edge.runtime.sources import Source, open_source, redact
 from dapo_edge.structures import Frame
 
 DISTINCT_FRAMES = 16  # enough that no cache holds the answer, few enough to stay in memory
+MOST_LEFT_OUT = 100  # of a camera that gives nothing else, nobody shall wait for ever
+SILENT_S = 60.0  # for a camera to give its next frame: a triggered one waits for parts
 SYNTHETIC = "synthetic://"
 
 
@@ -23,6 +25,7 @@ class Feed:
     full_uri: str  # with credentials: never printed
     frames: tuple[Frame, ...]  # its first ones, at least one
     live: bool  # frames come at their own pace; what was looked at is gone
+    left_out: tuple[str, ...] = ()  # why others that were looked at can't be used
 
     @property
     def width(self) -> int:
@@ -33,6 +36,21 @@ class Feed:
     def height(self) -> int:
         """Of the first frame, px."""
         return int(self.frames[0].pixels.shape[0])
+
+    @property
+    def warnings(self) -> list[str]:
+        """What its frames do to the figures."""
+        found = []
+        if self.left_out:
+            seen = len(self.left_out) + len(self.frames)
+            found.append(
+                f"{len(self.left_out)} of the first {seen} frames of '{self.uri}' can't be used, "
+                f"and are left out ({self.left_out[0]})"
+            )
+        sizes = {frame.pixels.shape[:2] for frame in self.frames}
+        if len(sizes) > 1:
+            found.append(f"the frames have {len(sizes)} different sizes, with which the times vary")
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,12 +64,14 @@ class Shot:
 def open_feed(uri: str) -> Feed:
     """Look into a source. Raises `SourceError` when it can't be opened, or has no frame that can be used."""
     frames: list[Frame] = []
+    left_out: list[str] = []
     with open_source(uri) as source:
         live = source.properties.live
-        while len(frames) < (1 if live else DISTINCT_FRAMES):
+        while len(frames) < (1 if live else DISTINCT_FRAMES) and len(left_out) < MOST_LEFT_OUT:
             try:
-                frame = source.read()
-            except FrameError:
+                frame = source.read(SILENT_S if live else None)
+            except FrameError as error:
+                left_out.append(error.cause)
                 continue
             if frame is None:
                 break
@@ -60,7 +80,7 @@ def open_feed(uri: str) -> Feed:
         raise SourceError(
             f"'{redact(uri)}' has no frame that can be used", "Name a source with at least one good frame"
         )
-    return Feed(redact(uri), uri, tuple(frames), live)
+    return Feed(redact(uri), uri, tuple(frames), live, tuple(left_out))
 
 
 def shots(feed: Feed) -> Iterator[Shot]:
@@ -107,7 +127,7 @@ def _live(uri: str) -> Iterator[Shot]:
     with open_source(uri) as source:
         while True:
             try:
-                frame = source.read()
+                frame = source.read(SILENT_S)
             except FrameError:
                 continue
             if frame is None:

@@ -51,8 +51,9 @@ class LatencyRun:
     started_s: float  # by time.monotonic
     seconds: float
     failed: int  # frames that could not be inspected
-    interrupted: bool
-    ended: bool  # the camera gave no more frames
+    interrupted: bool  # by Ctrl-C, or because the source broke off
+    ended: bool  # the source gave no more frames
+    error: SourceError | None = None  # with which the source broke off
 
 
 class Emitter:
@@ -105,10 +106,11 @@ def warm_up(inspector: Inspector, feed: Feed, frames: int | None, tick: Tick = l
 
 def is_steady(times_s: list[float]) -> bool:
     """Whether the last three windows agree."""
-    window = int(min(MOST_IN_WINDOW, max(LEAST_IN_WINDOW, WINDOW_S / max(statistics.median(times_s), 1e-6))))
-    if len(times_s) < STEADY_WINDOWS * window:
+    recent = times_s[-STEADY_WINDOWS * MOST_IN_WINDOW :]
+    window = int(min(MOST_IN_WINDOW, max(LEAST_IN_WINDOW, WINDOW_S / max(statistics.median(recent), 1e-6))))
+    if len(recent) < STEADY_WINDOWS * window:
         return False
-    last = np.asarray(times_s[-STEADY_WINDOWS * window :]).reshape(STEADY_WINDOWS, window)
+    last = np.asarray(recent[-STEADY_WINDOWS * window :]).reshape(STEADY_WINDOWS, window)
     medians = np.median(last, axis=1)
     return bool(medians.max() <= medians.min() * (1 + STEADY_SPREAD))
 
@@ -116,11 +118,13 @@ def is_steady(times_s: list[float]) -> bool:
 def one_at_a_time(
     inspector: Inspector, feed: Feed, frames: int, seconds: float | None, tick: Tick = lambda done, of: None
 ) -> LatencyRun:
-    """Time `frames` frames, or for `seconds`. A KeyboardInterrupt ends the run and keeps what there is.
+    """Time `frames` frames, or for `seconds`.
 
-    Raises `SourceError` when not one frame could be inspected.
+    A KeyboardInterrupt, or a source that breaks off, ends the run and keeps what there is; before the first frame it is
+    raised. Raises `SourceError` when not one frame could be inspected.
     """
-    samples, failed, interrupted, ended = Samples(), 0, False, True
+    samples, failed = Samples(), 0
+    cut: BaseException | None = None
     started_s = time.monotonic()
     try:
         with Emitter() as emitter:
@@ -133,14 +137,14 @@ def one_at_a_time(
                     continue
                 samples.add(ms, time.monotonic())
                 tick(len(samples), 0 if seconds else frames)
-            ended = seconds is None and len(samples) + failed < frames
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SourceError) as error:
         if not len(samples):
             raise
-        interrupted, ended = True, False
-    if not len(samples):
-        raise SourceError(f"'{feed.uri}' gave no frame to time", "Name a source with frames that can be inspected")
-    return LatencyRun(samples, started_s, time.monotonic() - started_s, failed, interrupted, ended)
+        cut = error
+    passed_s = time.monotonic() - started_s
+    ended = cut is None and _is_short(len(samples) + failed, passed_s, frames, seconds)
+    _check_some(samples, feed)
+    return LatencyRun(samples, started_s, passed_s, failed, cut is not None, ended, _of_source(cut))
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,7 +172,8 @@ def by_turns(
     """
     pair = (ours, theirs)
     series, differ, gap = (Samples(), Samples()), 0, 0.0
-    failed, interrupted = 0, False
+    failed = 0
+    cut: BaseException | None = None
     started_s = time.monotonic()
     try:
         with Emitter() as emitter:
@@ -185,16 +190,16 @@ def by_turns(
                 differ += found[0][1].verdict != found[1][1].verdict
                 gap = max(gap, abs(found[0][1].score - found[1][1].score))
                 tick(len(series[0]), 0 if seconds else frames)
-    except KeyboardInterrupt:
-        if not len(series[0]):
+    except (KeyboardInterrupt, SourceError) as error:
+        if not all(map(len, series)):
             raise
-        interrupted = True
-    if not len(series[0]):
-        raise SourceError(f"'{feed.uri}' gave no frame to time", "Name a source with frames that can be inspected")
-    passed = time.monotonic() - started_s
-    count = min(len(series[0]), len(series[1]))
+        cut = error
+    _check_some(series[0], feed)
+    passed_s, count = time.monotonic() - started_s, min(map(len, series))
+    ended = cut is None and _is_short(count + failed, passed_s, frames, seconds)
     ratios = series[1].of("total")[:count] / series[0].of("total")[:count]
-    runs = [LatencyRun(samples, started_s, passed, failed, interrupted, False) for samples in series]
+    broken = _of_source(cut)
+    runs = [LatencyRun(samples, started_s, passed_s, failed, cut is not None, ended, broken) for samples in series]
     return Comparison(runs[0], runs[1], median_interval(ratios), differ, gap)
 
 
@@ -248,9 +253,23 @@ def _so_many(feed: Feed, frames: int, seconds: float | None) -> Iterator[Shot]:
             return
 
 
+def _is_short(taken: int, passed_s: float, frames: int, seconds: float | None) -> bool:
+    """Whether a run is over before it has all that was asked for."""
+    return taken < frames if seconds is None else passed_s < seconds
+
+
+def _check_some(samples: Samples, feed: Feed) -> None:
+    if not len(samples):
+        raise SourceError(f"'{feed.uri}' gave no frame to time", "Name a source with frames that can be inspected")
+
+
 def _check_any(samples: Samples, failed: int, error: FrameError) -> None:
     """A source of which nothing can be inspected would never end. Raises `SourceError`."""
     if not len(samples) and failed >= 100:
         raise SourceError(
             f"none of the first {failed} frames can be inspected ({error.cause})", error.remedy
         ) from error
+
+
+def _of_source(error: BaseException | None) -> SourceError | None:
+    return error if isinstance(error, SourceError) else None

@@ -45,6 +45,11 @@ class BenchPlan:
         self._check_counts("cameras", self.cameras, MOST_CAMERAS)
         self._check_counts("frames per call", self.batches, MOST_FRAMES_PER_CALL)
 
+    @property
+    def swept_cameras(self) -> tuple[int, ...]:
+        """Numbers of cameras that are timed besides; a single one at a rate is that of the run itself."""
+        return () if self.rate_fps is not None and len(self.cameras) == 1 else self.cameras
+
     @staticmethod
     def _check_positive(what: str, value: float | None, unit: str) -> None:
         if value is not None and not (math.isfinite(value) and value > 0):

@@ -20,12 +20,14 @@ from dapo_edge.bench.feed import Feed
 from dapo_edge.bench.latency import Tick
 from dapo_edge.bench.metronome import Flood, MemoryCamera, Metronome, check_in_memory
 from dapo_edge.bench.plan import BenchPlan
-from dapo_edge.bench.samples import Samples
+from dapo_edge.bench.samples import Samples, percentiles
+from dapo_edge.errors import SourceError
 from dapo_edge.runtime.inspector import Inspector
 from dapo_edge.runtime.plan import CameraPlan
 
 WARM_UP = 10  # frames of each camera: the runtime's own threads and rings
 SHORT = 0.98  # of a rate: less is told
+LEAST_GROWTH = 3  # intervals between two frames: by so much longer they take at the end of a run than at its beginning
 LEAST_BACKLOG_S, BACKLOG_SHARE = 2.0, 0.2  # of the run: when frames wait longer, the rest would only take longer
 LEAST_TIMED = 10  # frames of all cameras, however far behind
 START_S = 0.05  # for threads to start before the first frame is due
@@ -48,7 +50,8 @@ class RateRun:
     achieved_fps: float  # results per second, between the first and the last one
     saturated: bool  # the engine can't keep up; see `at_rate`
     source_too_slow: bool  # a camera gave less than 98 % of what was asked for
-    interrupted: bool  # by Ctrl-C: all of this is of a part of the run
+    interrupted: bool  # by Ctrl-C, or because the source broke off: all of this is of a part of the run
+    error: SourceError | None = None  # with which the source broke off
 
     @property
     def captured(self) -> int:
@@ -93,10 +96,10 @@ def at_rate(
     is its own clock: what it gives is told in `offered_fps`, whatever was asked. `warm_up`: frames of each camera that
     come before those. `progress` is called in the caller's thread, and may raise.
 
-    Saturated: results come at less than 98 % of the arrivals, and in the last fifth of the run the median frame takes
-    longer than in the first fifth by more than the interval between two frames. When a frame waits for more than 2 s
-    (or 20 % of the run) to be taken at all, the run is saturated and ends, as soon as ten frames are timed. Of live
-    cameras: more than 2 % are dropped for newer ones.
+    Saturated: the queue grows, so that in the last fifth of the run the median frame takes longer than in the first
+    fifth by more than three intervals between frames. When a frame waits for more than 2 s (or 20 % of the run) to be
+    taken at all, the run is saturated and ends, as soon as ten frames are timed. Of live cameras: more than 2 % are
+    dropped for newer ones.
 
     KeyboardInterrupt: what was timed is returned, marked `interrupted`; before the first frame that counts it is
     raised. Raises `RecipeError` for what can't be measured, `SourceError` for a camera that is not there and when not
@@ -182,9 +185,8 @@ def deadline_json(samples: Samples, deadline_ms: float, *, lost: int = 0) -> dic
 
 def jitter(samples: Samples) -> dict[str, float]:
     """How much "total" varies."""
-    total = samples.of("total")
-    p50, p99 = (float(value) for value in np.percentile(total, (50, 99)))
-    return {"std_ms": float(total.std()), "p99_minus_p50_ms": p99 - p50}
+    total = percentiles(samples.of("total"))
+    return {"std_ms": total["std"], "p99_minus_p50_ms": total["p99"] - total["p50"]}
 
 
 def _metronomes(feed: Feed, cameras: int, fps: float, warm_up: int, count: int) -> dict[str, Metronome]:
@@ -243,15 +245,14 @@ def _rate_run(
         saturated=saturated,
         source_too_slow=0 < offered_fps < SHORT * fps * cameras,
         interrupted=interrupted,
+        error=line.broken,
     )
 
 
 def _falls_behind(samples: Samples, offered_fps: float) -> bool:
-    total, fifth = samples.of("total"), len(samples) // 5
-    if not fifth or _results_per_second(samples) >= SHORT * offered_fps:
-        return False
+    total, fifth = samples.of("total"), max(1, len(samples) // 5)
     growth_ms = np.median(total[-fifth:]) - np.median(total[:fifth])
-    return bool(growth_ms > 1e3 / offered_fps)
+    return bool(growth_ms > LEAST_GROWTH * 1e3 / offered_fps)
 
 
 def _results_per_second(samples: Samples) -> float:
@@ -265,13 +266,13 @@ def _per_second(count: int, seconds: float) -> float:
 
 
 def _row(run: RateRun, deadline_ms: float | None) -> dict[str, Any]:
-    p50, p99 = (float(value) for value in np.percentile(run.samples.of("total"), (50, 99)))
+    total = percentiles(run.samples.of("total"))
     misses = None if deadline_ms is None else deadline_json(run.samples, deadline_ms, lost=run.lost)["misses"]
     return {
         "offered_fps": run.offered_fps,
         "achieved_fps": run.achieved_fps,
-        "p50_ms": p50,
-        "p99_ms": p99,
+        "p50_ms": total["p50"],
+        "p99_ms": total["p99"],
         "misses": misses,
         "saturated": run.saturated,
     }

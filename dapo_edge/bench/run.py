@@ -6,21 +6,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from dapo_edge.bench.bystanders import Bystanders
 from dapo_edge.bench.feed import Feed, open_feed
 from dapo_edge.bench.latency import Comparison, LatencyRun, WarmUp, batch_sweep, by_turns, one_at_a_time, warm_up
+from dapo_edge.bench.metronome import check_in_memory
 from dapo_edge.bench.plan import BenchPlan
 from dapo_edge.bench.provenance import provenance
-from dapo_edge.bench.rate import RateRun, at_rate, camera_sweep, deadline_json, jitter
+from dapo_edge.bench.rate import SHORT, RateRun, at_rate, camera_sweep, deadline_json, jitter
 from dapo_edge.bench.samples import Samples
 from dapo_edge.bench.search import FoundRate, Probe, find_rate
 from dapo_edge.bench.sensors import Sensors
-from dapo_edge.errors import RecipeError
+from dapo_edge.errors import RecipeError, SourceError
 from dapo_edge.runtime.inspector import Inspector
 
 SCHEMA = "dapo-edge bench 2"
 PROBE_S = 4.0
 SWEEP_S = 4.0
 LEAST_FOR_P99 = 100
+MOST_OTHERS = 0.05  # of all processors, that other programs may take unsaid
+LEAST_FOR_INTERVAL = 6  # pairs: all of fewer hold the median in less than 95 of 100 cases
 
 Progress = Callable[[str, int, int], None]  # step, done, of; may raise KeyboardInterrupt
 
@@ -35,8 +39,18 @@ class _Measured:
     failed: int = 0
     dropped: int = 0
     interrupted: bool = False
+    error: SourceError | None = None  # with which the source broke off
     warnings: list[str] = field(default_factory=list)
     parts: dict[str, Any] = field(default_factory=dict)  # of the document
+
+
+@dataclass
+class _Sweeps:
+    """Rows of the document."""
+
+    batches: list[dict[str, Any]] = field(default_factory=list)
+    cameras: list[dict[str, Any]] = field(default_factory=list)
+    interrupted: bool = False
 
 
 def bench(
@@ -51,30 +65,62 @@ def bench(
 
     `compare` is timed on the same frames by turns. A KeyboardInterrupt keeps what was measured, marked "interrupted";
     before the first timed frame it is raised. Raises `SourceError` for a source without frames, `DeadlineError` where
-    no rate can meet the deadline, and `RecipeError` for a comparison at a rate.
+    no rate can meet the deadline, and `RecipeError` for a comparison at a rate and for a live camera where frames must
+    be in memory.
     """
     plan = plan or BenchPlan()
-    if compare is not None and (plan.rate_fps is not None or plan.find_rate):
+    feed = _checked_feed(plan, alone=compare is None)
+    for other in (compare,) if compare else ():
+        warm_up(other, feed, plan.warm_up, _step(progress, "warming up the other package"))
+    warm = warm_up(inspector, feed, plan.warm_up, _step(progress, "warming up"))
+    with Sensors() as sensors:
+        bystanders = Bystanders()
+        found = _measured(inspector, plan, feed, compare, progress)
+        others = bystanders.summary()
+        # By turns with another package, the energy is that of both.
+        frames = 0 if compare else len(found.samples)
+        sensed = sensors.summary(found.started_s, found.started_s + found.seconds, frames)
+        timeline = found.samples.timeline(found.started_s)
+        sensors.annotate(timeline, found.started_s)
+        sweeps = _sweeps(inspector, plan, feed, progress) if not found.interrupted else _Sweeps()
+    warnings = [*feed.warnings, *found.warnings, *_warnings(plan, warm, found, sweeps), *sensed.pop("warnings")]
+    if others.get("share", 0) > MOST_OTHERS:
+        warnings.append(
+            f"other programs, or other guests of this computer, took {others['share']:.0%} of its processors meanwhile"
+        )
+    return {
+        "schema": SCHEMA,
+        **provenance(command),
+        **_setting(inspector, plan, feed),
+        "interrupted": found.interrupted or sweeps.interrupted,
+        "error": None if found.error is None else {"cause": found.error.cause, "remedy": found.error.remedy},
+        "warm_up": asdict(warm),
+        **_figures(plan, found),
+        "sweeps": {"batches": sweeps.batches, "cameras": sweeps.cameras},
+        "histogram": found.samples.histogram(),
+        "cdf": found.samples.cdf(),
+        "timeline": timeline,
+        **sensed,
+        "others": others,
+        "warnings": warnings,
+    }
+
+
+def _checked_feed(plan: BenchPlan, *, alone: bool) -> Feed:
+    """The source; what it and the plan can't do together is refused before anything is timed."""
+    if not alone and (plan.rate_fps is not None or plan.find_rate):
         raise RecipeError(
             "two packages are compared one frame at a time, not at a rate",
             "Leave out --rate and --find-rate, or measure each alone",
         )
     feed = open_feed(plan.source)
-    for other in (compare,) if compare else ():
-        warm_up(other, feed, plan.warm_up, _step(progress, "warming up the other package"))
-    warm = warm_up(inspector, feed, plan.warm_up, _step(progress, "warming up"))
-    with Sensors() as sensors:
-        found = _measured(inspector, plan, feed, compare, progress)
-        ended_s = found.started_s + found.seconds
-        sensed = sensors.summary(found.started_s, ended_s, len(found.samples))
-        timeline = found.samples.timeline(found.started_s)
-        sensors.annotate(timeline, found.started_s)
-        sweeps = {} if found.interrupted else _sweeps(inspector, plan, feed, progress)
-    warnings = [*found.warnings, *_warnings(plan, warm, found), *sensed.pop("warnings", ())]
-    samples = found.samples
+    if plan.swept_cameras:
+        check_in_memory(feed, "a sweep over cameras")
+    return feed
+
+
+def _setting(inspector: Inspector, plan: BenchPlan, feed: Feed) -> dict[str, Any]:
     return {
-        "schema": SCHEMA,
-        **provenance(command),
         "package": _package(inspector),
         "backend": inspector.backend.name,
         "precision": inspector.backend.precision,
@@ -86,28 +132,26 @@ def bench(
             "live": feed.live,
         },
         "mode": _mode(plan),
-        "interrupted": found.interrupted,
-        "warm_up": asdict(warm),
+    }
+
+
+def _figures(plan: BenchPlan, found: _Measured) -> dict[str, Any]:
+    samples, lost = found.samples, found.failed + found.dropped
+    fps = len(samples) / max(found.seconds, 1e-9)
+    if "rate" in found.parts:  # counted from the first arrival, n frames fill n - 1 intervals
+        fps = found.parts["rate"]["achieved_fps"]
+    elif "compare" in found.parts:  # it also runs for the other package
+        fps = 1e3 / float(samples.of("total").mean())
+    return {
         "frames": len(samples),
         "failed": found.failed,
         "seconds": round(found.seconds, 3),
-        # By turns with another package, the clock also runs for that one.
-        "fps": 1e3 / float(samples.of("total").mean()) if compare else len(samples) / max(found.seconds, 1e-9),
+        "fps": fps,
         "stages": samples.stages(),
         "jitter_ms": jitter(samples),
-        "deadline": None
-        if plan.deadline_ms is None
-        else deadline_json(samples, plan.deadline_ms, lost=found.failed + found.dropped),
-        "rate": None,
-        "find_rate": None,
-        "compare": None,
+        "deadline": None if plan.deadline_ms is None else deadline_json(samples, plan.deadline_ms, lost=lost),
+        **dict.fromkeys(("rate", "find_rate", "compare")),
         **found.parts,
-        "sweeps": {"batches": [], "cameras": [], **sweeps},
-        "histogram": samples.histogram(),
-        "cdf": samples.cdf(),
-        "timeline": timeline,
-        **sensed,
-        "warnings": warnings,
     }
 
 
@@ -172,7 +216,7 @@ def _search(inspector: Inspector, plan: BenchPlan, feed: Feed, progress: Progres
 
 
 def _of_latency(run: LatencyRun) -> _Measured:
-    found = _Measured(run.samples, run.started_s, run.seconds, run.failed, interrupted=run.interrupted)
+    found = _Measured(run.samples, run.started_s, run.seconds, run.failed, 0, run.interrupted, run.error)
     if run.ended:
         found.warnings.append(f"the source ended after {len(run.samples)} frames")
     return found
@@ -181,13 +225,16 @@ def _of_latency(run: LatencyRun) -> _Measured:
 def _of_comparison(both: Comparison, compare: Inspector) -> _Measured:
     found = _of_latency(both.ours)
     median, low, high = both.times_faster
+    pairs = len(both.theirs.samples)
+    if pairs < LEAST_FOR_INTERVAL:
+        found.warnings.append(f"{pairs} pairs of frames are too few for 95 %: time {LEAST_FOR_INTERVAL} at least")
     found.parts["compare"] = {
         "package": _package(compare),
         "backend": compare.backend.name,
         "precision": compare.backend.precision,
         "stages": both.theirs.samples.stages(),
         "times_faster": {"median": median, "low": low, "high": high},
-        "pairs": len(both.theirs.samples),
+        "pairs": pairs,
         "verdicts_differ": both.verdicts_differ,
         "score_difference_max": both.score_difference_max,
     }
@@ -195,11 +242,16 @@ def _of_comparison(both: Comparison, compare: Inspector) -> _Measured:
 
 
 def _of_rate(run: RateRun) -> _Measured:
-    found = _Measured(run.samples, run.started_s, run.seconds, run.failed, run.dropped, run.interrupted)
+    found = _Measured(run.samples, run.started_s, run.seconds, run.failed, run.dropped, run.interrupted, run.error)
     found.parts["rate"] = run.as_json()
     if run.source_too_slow:
         asked = run.fps * run.cameras
         found.warnings.append(f"the source gave {run.offered_fps:.1f} of the {asked:g} frames/s that were asked for")
+    if run.offered_fps > run.fps * run.cameras / SHORT:
+        found.warnings.append(
+            f"the source is its own clock: it gave {run.offered_fps:.1f} frames/s where {run.fps * run.cameras:g} were "
+            "asked for, and the times are those of its own rate"
+        )
     if run.saturated:
         found.warnings.append(
             f"the engine can't keep up: {run.achieved_fps:.1f} of {run.offered_fps:.1f} frames/s, "
@@ -214,27 +266,33 @@ def _of_search(search: FoundRate) -> _Measured:
     return found
 
 
-def _sweeps(inspector: Inspector, plan: BenchPlan, feed: Feed, progress: Progress) -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = {}
+def _sweeps(inspector: Inspector, plan: BenchPlan, feed: Feed, progress: Progress) -> _Sweeps:
+    """Interrupted, a sweep is shorter than it was asked for, and none comes after it."""
+    found = _Sweeps()
     if plan.batches:
-        found["batches"] = batch_sweep(inspector, feed, plan.batches, _step(progress, "timing calls of many frames"))
-    if len(plan.cameras) > 1 or (plan.cameras and plan.rate_fps is None):
-        found["cameras"] = camera_sweep(
+        found.batches = batch_sweep(inspector, feed, plan.batches, _step(progress, "timing calls of many frames"))
+        found.interrupted = len(found.batches) < len(plan.batches)
+    if plan.swept_cameras and not found.interrupted:
+        found.cameras = camera_sweep(
             inspector,
             feed,
-            plan.cameras,
+            plan.swept_cameras,
             fps=plan.rate_fps,
             seconds=SWEEP_S,
             deadline_ms=plan.deadline_ms,
             progress=_step(progress, "timing many cameras"),
         )
+        found.interrupted = len(found.cameras) < len(plan.swept_cameras)
     return found
 
 
-def _warnings(plan: BenchPlan, warm: WarmUp, found: _Measured) -> list[str]:
+def _warnings(plan: BenchPlan, warm: WarmUp, found: _Measured, sweeps: _Sweeps) -> list[str]:
     warnings = []
     if found.interrupted:
-        warnings.append(f"interrupted after {len(found.samples)} frames: the figures are of a part of the run")
+        why = f" ({found.error.cause})" if found.error else ""
+        warnings.append(f"interrupted after {len(found.samples)} frames{why}: the figures are of a part of the run")
+    if sweeps.interrupted:
+        warnings.append("interrupted during the sweeps: what is there of them is complete")
     if warm.steady is False:
         warnings.append(
             f"times were not steady after {warm.seconds:.0f} s of warm-up: something else runs on this machine, "

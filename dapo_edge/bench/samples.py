@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,25 +23,26 @@ class Samples:
     """Milliseconds per stage of each frame, and when the frame was done."""
 
     def __init__(self) -> None:
-        self._ms: dict[str, list[float]] = {}
-        self._done_s: list[float] = []
+        self._ms: dict[str, array[float]] = {}  # 8 bytes each: runs last for hours
+        self._done_s = array("d")
 
     def __len__(self) -> int:
-        return len(self._done_s)
+        return len(self._ms.get("total", ()))
 
     def add(self, ms: Mapping[str, float], done_s: float) -> None:
-        """One frame's times; `done_s` is when it was done, by `time.monotonic`."""
-        for stage, value in ms.items():
-            self._ms.setdefault(stage, []).append(value)
+        """One frame's times, "total" the last; `done_s` is when it was done, by `time.monotonic`."""
+        # A frame counts by its total: where Ctrl-C comes in between, what was noted of the last one belongs to none.
         self._done_s.append(done_s)
+        for stage, value in ms.items():
+            self._ms.setdefault(stage, array("d")).append(value)
 
     def of(self, stage: str) -> NDArray[np.float64]:
         """One stage's times, in the order of the frames; empty where no frame has the stage."""
-        return np.asarray(self._ms.get(stage, ()), np.float64)
+        return np.array(self._ms.get(stage, ()), np.float64)
 
     def done_s(self) -> NDArray[np.float64]:
         """When each frame was done, by `time.monotonic`."""
-        return np.asarray(self._done_s, np.float64)
+        return np.array(self._done_s[: len(self)], np.float64)
 
     def stages(self) -> dict[str, dict[str, float]]:
         """Percentiles per stage, in the order of a frame's way; stages that nobody knows come before "total"."""

@@ -79,7 +79,7 @@ def _unloaded_s(inspector: Inspector, feed: Feed, deadline_ms: float, progress: 
     """Median seconds of a frame that meets an idle engine. Raises `DeadlineError` where that is too long."""
     run = one_at_a_time(inspector, feed, 1, UNLOADED_S, progress)
     if run.interrupted:
-        raise KeyboardInterrupt
+        raise run.error or KeyboardInterrupt
     total, capture, encode = (run.samples.of(stage) for stage in ("total", "capture", "encode"))
     # Of a file capture is reading it, which frames in memory are spared.
     needed_ms = float(np.median(total - capture if len(capture) else total))

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from dapo_edge.backends.onnx_linears import block_name
 from dapo_edge.config import Gate
 from dapo_edge.engine.package_plots import range_plot, sensitivity_plot
-from dapo_edge.page import coloured, environment, jpeg, percent, thumbnail
 from dapo_edge.files import write_atomically
 from dapo_edge.gate import largest_differences, points
+from dapo_edge.page import coloured, environment, jpeg, percent, thumbnail
 
 EXAMPLES = 6  # of each precision
 WORST = 3  # blocks that are named

@@ -14,12 +14,12 @@ from dapo_edge.data.loading import Loaded, Loader
 from dapo_edge.errors import SourceError
 from dapo_edge.evaluation.document import Results, mean_of
 from dapo_edge.evaluation.evaluate import DataSet, ImageResult, Line, all_images
-from dapo_edge.page import coloured, environment, jpeg
 from dapo_edge.evaluation.plots import confusion_plot, curve_plot, score_plot
 from dapo_edge.evaluation.subject import Subject
 from dapo_edge.extras import require
 from dapo_edge.files import write_atomically
 from dapo_edge.outputs.overlay import draw
+from dapo_edge.page import coloured, environment, jpeg
 from dapo_edge.structures import NORMAL, Inspection
 
 REPORT, DOCUMENT = "report.html", "eval.json"

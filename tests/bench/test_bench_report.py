@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -157,9 +158,19 @@ def test_a_page_that_can_t_be_written(tmp_path: Path) -> None:
         write_report(document(10), tmp_path / "file" / "bench.html")
 
 
+def test_a_page_takes_the_place_of_a_page_only(tmp_path: Path) -> None:
+    (tmp_path / "bench.html").write_text("the last one")
+    check_can_write(tmp_path / "bench.html")
+    for place in (tmp_path, Path(os.devnull)):
+        with pytest.raises(OutputError, match="no plain file"):
+            check_can_write(place)
+
+
 @pytest.mark.parametrize("package", ["jinja2", "matplotlib"])
-def test_missing_packages_are_named_before_anything_is_measured(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_can_write()
+def test_missing_packages_are_named_before_anything_is_measured(
+    package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    check_can_write(tmp_path / "bench.html")
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(DependencyMissing, match=r"pip install 'dapo-edge\[report\]'"):
-        check_can_write()
+        check_can_write(tmp_path / "bench.html")

@@ -12,7 +12,7 @@ import pytest
 from line_fakes import scripted
 
 from dapo_edge.bench.feed import DISTINCT_FRAMES, open_feed, shots
-from dapo_edge.errors import SourceError
+from dapo_edge.errors import FrameError, SourceError
 
 
 @pytest.fixture
@@ -39,6 +39,16 @@ def test_files_are_read_again_and_bad_ones_left_out(folder: Path) -> None:
     assert levels == [0, 1, 2, 0, 1, 2, 0]
 
 
+def test_what_is_left_out_and_what_differs_is_said(folder: Path) -> None:
+    (first,) = open_feed(str(folder)).warnings
+    assert first.startswith("1 of the first 4 frames of")
+    assert "bad.png" in first
+    cv2.imwrite(str(folder / "9.png"), np.zeros((20, 30, 3), np.uint8))
+    (_, second) = open_feed(str(folder)).warnings
+    assert second == "the frames have 2 different sizes, with which the times vary"
+    assert open_feed("synthetic://64x80@30").warnings == []
+
+
 def test_files_that_vanish_are_an_error(folder: Path) -> None:
     feed = open_feed(str(folder))
     frames = shots(feed)
@@ -48,6 +58,12 @@ def test_files_that_vanish_are_an_error(folder: Path) -> None:
     with pytest.raises(SourceError):
         list(itertools.islice(frames, 10))
     shutil.rmtree(folder)
+
+
+def test_a_camera_that_gives_nothing_but_torn_frames_is_not_waited_for() -> None:
+    torn = itertools.repeat(FrameError("it is torn", "Look at the cable"))
+    with scripted(belt=[torn]), pytest.raises(SourceError, match="has no frame that can be used"):
+        open_feed("camera://belt")
 
 
 def test_a_source_without_frames(tmp_path: Path) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import time
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from line_fakes import FLAT, FakeInspector, scripted
+from line_fakes import FLAT, scripted
+from rate_fakes import Engine
 
 from dapo_edge.bench.feed import open_feed
 from dapo_edge.bench.latency import (
@@ -20,25 +20,10 @@ from dapo_edge.bench.latency import (
     one_at_a_time,
     warm_up,
 )
-from dapo_edge.errors import FrameError, SourceError
+from dapo_edge.errors import FrameError, FrameTimeout, SourceError
 from dapo_edge.structures import Frame, Inspection
 
 SOURCE = "synthetic://64x64@30"
-
-
-class Engine(FakeInspector):
-    """A fake that also takes single frames, and says what it needed."""
-
-    def inspect(self, frame: Frame) -> Inspection:
-        started = time.perf_counter()
-        (result,) = self.inspect_batch([frame], [None])
-        if isinstance(result, FrameError):
-            raise result
-        ms = (time.perf_counter() - started) * 1e3
-        return Inspection(result.score, result.verdict, FLAT, (), (16, 16), ms={"encode": ms, "total": ms})
-
-    def inspect_batch(self, frames: Any, views: Any = None) -> Any:
-        return super().inspect_batch(frames, views or [None] * len(frames))
 
 
 def test_the_total_holds_capture_engine_and_emit() -> None:
@@ -77,6 +62,26 @@ def test_an_interruption_before_the_first_frame_is_one() -> None:
         one_at_a_time(Engine(fault=interrupted), open_feed(SOURCE), 100, None)  # type: ignore[arg-type]
 
 
+def test_a_source_that_breaks_off_leaves_what_was_timed() -> None:
+    broken = SourceError("the cable is out", "Plug it in")
+    with scripted(belt=[[0], [0, 1, 2, broken]]):
+        run = one_at_a_time(Engine(), open_feed("camera://belt"), 100, None)  # type: ignore[arg-type]
+    assert (len(run.samples), run.interrupted, run.error) == (3, True, broken)
+    with scripted(belt=[[0], [broken]]), pytest.raises(SourceError, match="the cable is out"):
+        one_at_a_time(Engine(), open_feed("camera://belt"), 100, None)  # type: ignore[arg-type]
+    with scripted(belt=[[0], [0, 1, broken]]):
+        both = by_turns(Engine(), Engine(), open_feed("camera://belt"), 100, None)  # type: ignore[arg-type]
+    assert (len(both.ours.samples), both.ours.error) == (2, broken)
+
+
+def test_a_camera_that_falls_silent_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dapo_edge.bench.feed.SILENT_S", 0.05)
+    with scripted(belt=[[0], [0, 1]]):
+        run = one_at_a_time(Engine(), open_feed("camera://belt"), 100, None)  # type: ignore[arg-type]
+    assert len(run.samples) == 2
+    assert isinstance(run.error, FrameTimeout)
+
+
 def test_frames_that_fail_are_counted() -> None:
     def every_third(frame: Frame) -> FrameError | None:
         return FrameError("torn", "look") if frame.index % 3 == 0 else None
@@ -92,12 +97,12 @@ def test_when_no_frame_can_be_inspected() -> None:
 
 
 def test_a_camera_that_ends_says_so() -> None:
-    with scripted(belt=[[0], [0, 1, 2]]):
-        feed = open_feed("scripted://belt")
-        feed = type(feed)(feed.uri, feed.full_uri, feed.frames, live=True)
+    with scripted(belt=[[0], [0, 1, 2]], short=[[0, 1]]):
+        feed = replace(open_feed("scripted://belt"), live=True)
         run = one_at_a_time(Engine(), feed, 100, None)  # type: ignore[arg-type]
-    assert run.ended
-    assert len(run.samples) == 3
+        by_time = one_at_a_time(Engine(), replace(feed, full_uri="scripted://short"), 1, 60)  # type: ignore[arg-type]
+    assert run.ended and by_time.ended
+    assert (len(run.samples), len(by_time.samples)) == (3, 2)
 
 
 def test_steady_times_are_those_that_stay() -> None:

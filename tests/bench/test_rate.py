@@ -16,7 +16,7 @@ from rate_fakes import Engine, feed
 
 from dapo_edge.bench import clocked, rate
 from dapo_edge.bench.latency import one_at_a_time
-from dapo_edge.bench.rate import RateRun, at_rate, camera_sweep, deadline_json, jitter
+from dapo_edge.bench.rate import RateRun, _falls_behind, at_rate, camera_sweep, deadline_json, jitter
 from dapo_edge.bench.samples import Samples
 from dapo_edge.errors import BackendError, FrameError, RecipeError, SourceError
 from dapo_edge.structures import Frame
@@ -122,6 +122,19 @@ def test_a_little_too_much_is_overload_too() -> None:
     assert not run(Engine(0.01), 60, seconds=0.5).saturated
 
 
+def test_a_queue_that_grows_by_one_in_a_hundred_is_overload_in_the_long_run() -> None:
+    def arriving(fps: float, slower: float, jump_ms: float = 0.0) -> Samples:
+        samples = Samples()
+        for number in range(10_000):
+            late_ms = number * slower * 1e3 / fps + (jump_ms if number > 9_950 else 0)
+            samples.add({"total": 8 + late_ms}, number / fps + late_ms / 1e3)
+        return samples
+
+    assert _falls_behind(arriving(100, 0.01), 100)
+    assert not _falls_behind(arriving(100, 0.0), 100)
+    assert not _falls_behind(arriving(100, 0.0, jump_ms=5000), 100), "a stall at the end is no growth"
+
+
 def test_a_failed_frame_is_a_miss() -> None:
     def fault(frame: Frame) -> FrameError | None:
         return FrameError("it is torn", "Look at the cable") if frame.index in (3, 12, 15) else None
@@ -216,6 +229,12 @@ def test_one_frame_has_no_rate() -> None:
     assert not found.saturated
 
 
+def test_a_live_camera_without_one_good_frame_ends_all_the_same() -> None:
+    engine = Engine(0.0, fault=lambda frame: FrameError("it is torn", "Look at the cable"))
+    with pytest.raises(SourceError, match=r"none of \d+ frames can be inspected"):
+        run(engine, 50, feed=feed("synthetic://64x64@100?realtime=1&loop=2", live=True), seconds=0.2, warm_up=0)
+
+
 def test_what_a_live_camera_gives_too_much_is_dropped_and_counts() -> None:
     found = run(Engine(0.02), 100, feed=feed("synthetic://64x64@100?realtime=1&loop=2", live=True), frames=100)
     assert found.saturated
@@ -238,6 +257,21 @@ def test_a_live_camera_that_stays_lost(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.raises(SourceError, match=r"gave no frame for 0\.5 s \(nobody"),
     ):
         run(Engine(0.0), 100, feed=feed("camera://belt", live=True), frames=20)
+
+
+def test_frames_in_memory_may_be_rare(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clocked, "CAMERA_S", 0.3)
+    assert run(Engine(0.0), 0.5, cameras=2, frames=1, warm_up=0).captured == 2
+
+
+def test_one_of_two_live_cameras_that_stays_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clocked, "CAMERA_S", 0.5)
+    gone = SourceError("nobody answers", "Plug it in")
+    with scripted(belt=itertools.chain([range(5)], itertools.repeat([gone]))):
+        found = run(Engine(0.0), 100, cameras=2, feed=feed("camera://belt", live=True), frames=5, warm_up=0)
+    assert found.interrupted
+    assert found.captured == 5, "what the other one gave is kept"
+    assert "gave no frame for 0.5 s" in str(found.error)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -13,6 +15,20 @@ def made(totals: list[float], done_s: list[float] | None = None) -> Samples:
     for number, total in enumerate(totals):
         samples.add({"total": total, "encode": total / 2}, done_s[number] if done_s else number / 100)
     return samples
+
+
+@pytest.mark.parametrize(("noted", "count"), [({"encode": 1.0}, 2), ({"encode": 1.0, "total": 5.0}, 3)])
+def test_a_frame_that_an_interruption_tore_counts_whole_or_not_at_all(noted: dict[str, float], count: int) -> None:
+    class Torn(dict[str, float]):
+        def items(self) -> Any:
+            yield from noted.items()
+            raise KeyboardInterrupt
+
+    samples = made([3.0, 4.0])
+    with pytest.raises(KeyboardInterrupt):
+        samples.add(Torn(), 9.0)
+    assert len(samples) == len(samples.done_s()) == len(samples.of("total")) == count
+    assert sum(point["n"] for point in samples.timeline(0)) == count
 
 
 def test_percentiles_are_numpy_s() -> None:
