@@ -34,6 +34,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/metrics.py
 	$(BIN)/python benchmarks/int8.py
 	$(BIN)/python benchmarks/line.py
+	$(BIN)/python benchmarks/outside.py
 	$(BIN)/python benchmarks/peers.py
 	$(BIN)/python benchmarks/roofline.py --full-size
 	$(BIN)/python benchmarks/scaling.py

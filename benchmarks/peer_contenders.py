@@ -15,7 +15,7 @@ import numpy as np
 from common import DEMO_RECIPE, FRAME_SIZE, bank_around, released, vit_b16
 
 from dapo_edge.backends.openvino import OpenVinoBackend
-from dapo_edge.config import Calibration, Gate, Recipe, load_recipe
+from dapo_edge.config import Gate, Recipe, load_recipe
 from dapo_edge.data.belt import Belt
 from dapo_edge.errors import BackendError, RecipeError
 from dapo_edge.package import EnginePackage
@@ -77,15 +77,12 @@ class Configuration:
     anomalib: bool = False  # whether WinCLIP runs beside it, which is the size of a ViT-B
 
 
-def _quick(recipe: Recipe, **calibration: object) -> Recipe:
-    """In INT8, too, from few frames: scales and the gate's width move no time."""
-    sections = {"calibration": Calibration.model_validate({"frames": "synthetic", "count": 8, **calibration})}
-    return recipe.model_copy(update={**sections, "precision": "auto", "gate": Gate(count=1)})
+def _quick(recipe: Recipe) -> Recipe:
+    return recipe.model_copy(update={"gate": Gate(count=1)})
 
 
 def _vit_l(image_size: int) -> Recipe:
-    recipe = released().model_copy(update={"image_size": image_size, "name": f"vitl14-{image_size}"})
-    return _quick(recipe, estimator="max", migration=0)
+    return released().model_copy(update={"image_size": image_size, "name": f"vitl14-{image_size}"})
 
 
 CONFIGURATIONS = {
@@ -138,11 +135,11 @@ def package_of(configuration: Configuration, folders: tuple[Path, ...]) -> Engin
 
 
 def _build(recipe: Recipe, path: Path) -> None:
-    """By the command, in a process of its own: what torch leaves behind would be missing to the contenders."""
+    """In a process of its own: what torch leaves behind would be missing to the contenders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     written = path.with_suffix(".yaml")
     written.write_text(json.dumps(recipe.model_dump(mode="json")), encoding="utf-8")  # JSON is YAML
-    command = [sys.executable, "-m", "dapo_edge", "build", str(written), "-o", str(path)]
+    command = [sys.executable, str(Path(__file__).with_name("packages.py")), str(written), str(path)]
     done = subprocess.run(command, stdout=sys.stderr, check=False)
     if done.returncode:
         raise BackendError(f"the build of '{path.name}' ended with {done.returncode}", "Look at what it printed above")

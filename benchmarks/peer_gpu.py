@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from peer_models import inspector, method_module, onnxruntime_session, opened, versions
+from peer_models import inspecting, method_module, onnxruntime_session, opened, versions
 from peer_spec import Loaded, Spec
 
+from dapo_edge import Inspector
 from dapo_edge.errors import BackendError
 
 if TYPE_CHECKING:
@@ -61,7 +62,9 @@ def onnxruntime(spec: Spec) -> Loaded:
 
 def ours(spec: Spec) -> Loaded:
     """Our package through TensorRT; it needs a target for this GPU: dapo-edge compile PKG."""
-    return inspector(spec, "tensorrt", "tensorrt")
+    package, bank = opened(spec)
+    engine = Inspector(package, backend="tensorrt", precision=spec.precision, map_size="model")
+    return inspecting(engine, bank, "tensorrt")
 
 
 def _torch(spec: Spec, ready: Callable[[Any], Any]) -> Loaded:

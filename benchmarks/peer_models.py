@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from peer_spec import Loaded, Spec
 
+from dapo_edge import Inspector, __version__
 from dapo_edge.package import EnginePackage
 from dapo_edge.prompt_bank import PromptBank
 
@@ -194,22 +195,22 @@ def openvino(spec: Spec) -> Loaded:
 
 
 def ours(spec: Spec) -> Loaded:
-    """Our package on its CPU backend."""
-    return inspector(spec, "openvino", "openvino")
-
-
-def inspector(spec: Spec, backend: str, runtime: str) -> Loaded:
-    """Our package in a precision. Raises what `Inspector` raises: no INT8 inside, no fast float type here ..."""
-    import dapo_edge
-    from dapo_edge import Inspector
+    """Our package on its CPU backend. Raises what opening it raises: no INT8 inside, no fast float type here ..."""
+    from dapo_edge.backends.openvino import OpenVinoBackend
 
     package, bank = opened(spec)
-    engine = Inspector(package, backend=backend, precision=spec.precision, map_size="model")
+    # Without the cache nobody asks whether a gate has seen the precision: it is here for its speed.
+    backend = OpenVinoBackend.open(package, map_size="model", precision=spec.precision, cache=False)
+    return inspecting(Inspector.on(package, backend, map_size="model"), bank, "openvino")
+
+
+def inspecting(engine: Inspector, bank: PromptBank, runtime: str) -> Loaded:
+    """Our runtime, with the bank that all contenders have."""
     engine.set_bank(bank)
 
     def inspect(frame: Any) -> tuple[Any, Any]:
         found = engine.inspect(frame)
         return found.anomaly_map, found.type_map
 
-    about = {"dapo-edge": dapo_edge.__version__, **versions(runtime)}
+    about = {"dapo-edge": __version__, **versions(runtime)}
     return Loaded(inspect, engine.backend.precision, about)

@@ -22,6 +22,7 @@ PAGES = [
     "calibration/README.md",
     "benchmarks/README.md",
     "docs/line.md",
+    "docs/bench.md",
 ]
 
 

@@ -13,6 +13,7 @@ from dapo_edge.structures import Frame
 
 DISTINCT_FRAMES = 16  # enough that no cache holds the answer, few enough to stay in memory
 MOST_LEFT_OUT = 100  # of a camera that gives nothing else, nobody shall wait for ever
+MOST_BYTES = 512 << 20  # of them: large ones would fill a small board
 SILENT_S = 60.0  # for a camera to give its next frame: a triggered one waits for parts
 SYNTHETIC = "synthetic://"
 
@@ -67,7 +68,8 @@ def open_feed(uri: str) -> Feed:
     left_out: list[str] = []
     with open_source(uri) as source:
         live = source.properties.live
-        while len(frames) < (1 if live else DISTINCT_FRAMES) and len(left_out) < MOST_LEFT_OUT:
+        most = 1 if live else DISTINCT_FRAMES
+        while len(frames) < most and len(left_out) < MOST_LEFT_OUT:
             try:
                 frame = source.read(SILENT_S if live else None)
             except FrameError as error:
@@ -76,6 +78,7 @@ def open_feed(uri: str) -> Feed:
             if frame is None:
                 break
             frames.append(frame)
+            most = min(most, max(1, MOST_BYTES // frame.image.nbytes))
     if not frames:
         raise SourceError(
             f"'{redact(uri)}' has no frame that can be used", "Name a source with at least one good frame"

@@ -25,7 +25,7 @@ SCORE_RULES = get_args(ScoreRule)
 
 _EPSILON = np.float32(1e-12)  # the smallest length a vector is divided by: a zero vector stays zero
 _TOP_FRACTION = 0.01
-_BLOCK_BYTES = 1 << 22  # upsampled channels held at once by a map of all of them: a block that stays in the cache
+_BLOCK_BYTES = 1 << 18  # of one upsampled channel in a map of all of them: what stays in the cache
 _PART_ROWS, _PART_COLUMNS = 128, 512  # few enough of a map's pixels to need only a few of many tiles
 
 
@@ -220,20 +220,28 @@ def _every_channel(
     anomaly: FloatArray,  # [H, W], written
     types: TypeArray,  # [H, W], written
 ) -> FloatArray:
-    """One image's maps as if nothing were masked, and the masked peaks [K+1]; block by block to stay in the cache."""
+    """One image's maps as if nothing were masked, and the masked peaks [K+1].
+
+    Channel by channel in a buffer that stays in the cache: all of them at once would go to memory and back.
+    """
     a_y, a_x = rows.dense(), columns.dense()
-    channels = np.arange(len(probs))
     peaks = np.zeros(len(probs), np.float32)
     across = min(_PART_COLUMNS, columns.size_out)
-    step = max(1, _BLOCK_BYTES // (4 * len(probs) * across))
-    for down, right in product(_parts(rows, step), _parts(columns, across)):
+    for down, right in product(_parts(rows, max(1, _BLOCK_BYTES // (4 * across))), _parts(columns, across)):
         block = (down.made, right.made)
-        share = _upsample(probs[:, down.read, right.read], a_y[down.made, down.read], a_x[right.made, right.read])
-        anomaly[block] = share[0]
-        _running_argmax(share, channels, types[block])
-        if inside is not None:
-            share *= inside[block]
-        np.maximum(peaks, share.max(axis=(1, 2)), out=peaks)
+        tall: FloatArray = a_y[down.made, down.read] @ probs[:, down.read, right.read]  # [K+1, step, w]
+        weights = a_x[right.made, right.read].T
+        share = np.empty((tall.shape[1], weights.shape[1]), np.float32)
+        best, winner = np.empty_like(share), np.empty(share.shape, np.uint8)
+        for channel, patches in enumerate(tall):
+            np.matmul(patches, weights, out=share)
+            if channel == 0:
+                anomaly[block] = best[...] = share
+                types[block] = 0
+            else:
+                _challenge(best, types[block], share, channel, winner)
+            highest = share.max() if inside is None else share.max(where=inside[block], initial=0)
+            peaks[channel] = max(peaks[channel], highest)
     _complement(anomaly)
     return peaks
 
@@ -293,13 +301,20 @@ def _parts(table: TapTable, step: int) -> list[Span]:
 
 def _running_argmax(share: FloatArray, chosen: NDArray[np.intp], types: TypeArray) -> None:
     """`chosen[np.argmax(share, axis=0)]` into `types`: whole rows at a time instead of pixel by pixel."""
-    best = share[0].copy()
+    best, winner = share[0].copy(), np.empty(types.shape, np.uint8)
     types[...] = chosen[0]
-    winner = np.empty(best.shape, np.uint8)
     for channel, values in zip(chosen[1:], share[1:], strict=True):
-        # The later winner has the higher index, so a maximum replaces the earlier one; unlike a masked write, every
-        # step here works on many pixels per instruction.
-        np.greater(values, best, out=winner.view(np.bool_))
-        np.multiply(winner, np.uint8(channel), out=winner)
-        np.maximum(types, winner, out=types)
-        np.maximum(best, values, out=best)
+        _challenge(best, types, values, int(channel), winner)
+
+
+def _challenge(best: FloatArray, types: TypeArray, values: FloatArray, channel: int, winner: TypeArray) -> None:
+    """Let a channel win where it is above all earlier ones, of which `best` holds the highest value.
+
+    `winner` is memory to work in, so that it stays in the cache.
+    """
+    # The later winner has the higher index, so a maximum replaces the earlier one; unlike a masked write, every step
+    # here works on many pixels per instruction.
+    np.greater(values, best, out=winner.view(np.bool_))
+    np.multiply(winner, np.uint8(channel), out=winner)
+    np.maximum(types, winner, out=types)
+    np.maximum(best, values, out=best)

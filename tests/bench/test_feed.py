@@ -32,6 +32,13 @@ def test_generated_frames_are_drawn_once_and_copied_each_time() -> None:
     assert all(shot.capture_ms is not None and shot.capture_ms > 0 for shot in taken)
 
 
+def test_large_frames_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dapo_edge.bench.feed.MOST_BYTES", 5 * 64 * 80 * 3)
+    assert len(open_feed("synthetic://64x80@30").frames) == 5
+    monkeypatch.setattr("dapo_edge.bench.feed.MOST_BYTES", 1)
+    assert len(open_feed("synthetic://64x80@30").frames) == 1
+
+
 def test_files_are_read_again_and_bad_ones_left_out(folder: Path) -> None:
     feed = open_feed(str(folder))
     assert len(feed.frames) == 3

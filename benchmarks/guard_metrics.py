@@ -1,0 +1,218 @@
+"""What the guard watches: for each metric our own work, and beside it a yardstick that we can't slow down.
+
+Both sides run on the same cores within milliseconds of each other, so their ratio stays while the machine's speed does
+not. Yardsticks call OpenVINO, NumPy and Pillow directly, with fixed inputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import numpy as np
+from common import bank_around
+from numpy.typing import NDArray
+from packages import bare_encoder, compiled, fixed_input, opened, reference_package, vit_package
+from PIL import Image
+from threadpoolctl import threadpool_limits
+
+from dapo_edge import Inspector
+from dapo_edge.backends.host import make_maps, resize_view
+from dapo_edge.backends.openvino import OpenVinoBackend
+from dapo_edge.data.belt import Belt
+from dapo_edge.extras import require
+from dapo_edge.runtime.pipeline import Pipeline
+from dapo_edge.runtime.plan import CameraPlan
+
+WARM = 1  # pairs
+FRAME, MAP, TYPES = (1280, 720), (1920, 1080), 20
+CAMERAS, FRAMES_EACH = 4, 16
+
+Side = Callable[[], float]  # does the work once, and returns its milliseconds
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Two kinds of work that are done by turns."""
+
+    ours: Side
+    yardstick: Side
+    pairs: int  # of one visit
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One metric: our time in times of the yardstick's."""
+
+    ratio: float  # median of the pairs; more is worse
+    spread: float  # between the quartiles of the pairs, as a share of the median
+    ours_ms: float
+    yardstick_ms: float
+
+
+def read(metric: Metric) -> Reading:
+    """Do both sides by turns, each first in every other pair."""
+    ours, yardstick = [], []
+    for number in range(WARM + metric.pairs):
+        if number % 2:
+            own, other = metric.ours(), metric.yardstick()
+        else:
+            other, own = metric.yardstick(), metric.ours()
+        if number >= WARM:
+            ours.append(own)
+            yardstick.append(other)
+    ratios = np.divide(ours, yardstick)
+    low, middle, high = (float(value) for value in np.percentile(ratios, (25, 50, 75)))
+    return Reading(middle, (high - low) / middle, statistics.median(ours), statistics.median(yardstick))
+
+
+def together(visits: Sequence[Reading]) -> Reading:
+    """Several visits to one metric as one reading: each opened it anew, and so found other places in memory."""
+    middle = [statistics.median(values) for values in zip(*map(astuple, visits), strict=True)]
+    return Reading(*middle)
+
+
+def slowed(call: Callable[..., Any], share: float) -> Callable[..., Any]:
+    """The same call, but that it takes longer by a share of its time, which a busy core spends on nothing."""
+
+    @functools.wraps(call)
+    def slow(*arguments: Any, **options: Any) -> Any:
+        started = time.perf_counter()
+        result = call(*arguments, **options)
+        end = time.perf_counter() + share * (time.perf_counter() - started)
+        while time.perf_counter() < end:
+            pass
+        return result
+
+    return slow if share > 0 else call
+
+
+def timed(call: Callable[[], object], times: int = 1) -> Side:
+    """Milliseconds of so many calls in a row."""
+
+    def side() -> float:
+        started = time.perf_counter()
+        for _ in range(times):
+            call()
+        return (time.perf_counter() - started) * 1e3
+
+    return side
+
+
+@contextlib.contextmanager
+def inspect_reference(plant: float) -> Iterator[Metric]:
+    """A 720p frame inspected by the reference model in FP32, against its encoder alone."""
+    package = reference_package()
+    with Inspector(package, precision="fp32") as inspector:
+        inspect = slowed(functools.partial(inspector.inspect, belt_frame()), plant)
+        yield Metric(timed(inspect), timed(bare_encoder(package, "fp32")), 80)
+
+
+@contextlib.contextmanager
+def inspect_vit_b16_int8(plant: float) -> Iterator[Metric]:
+    """A 720p frame inspected by ViT-B/16 at 224 px in INT8, against its encoder alone."""
+    package = vit_package()
+    with opened(package, "int8") as inspector:
+        inspect = slowed(functools.partial(inspector.inspect, belt_frame()), plant)
+        yield Metric(timed(inspect), timed(bare_encoder(package, "int8")), 24)
+
+
+@contextlib.contextmanager
+def preprocess(plant: float) -> Iterator[Metric]:
+    """A 720p frame resized for the reference model, against its halves copied and resized by Pillow on two threads."""
+    size, frame = reference_package().manifest.image_size, belt_frame()
+    halves = [(half, half.copy(), Image.fromarray(half)) for half in np.array_split(frame, 2)]
+
+    def work(half: NDArray[np.uint8], copy: NDArray[np.uint8], picture: Image.Image) -> None:
+        np.copyto(copy, half)
+        picture.resize((size, size // 2), Image.Resampling.BILINEAR)
+
+    def yardstick() -> None:
+        # As many threads as our own resize: what else runs on the machine then costs both alike.
+        helper = threading.Thread(target=work, args=halves[1])
+        helper.start()
+        work(*halves[0])
+        helper.join()
+
+    resize = slowed(functools.partial(resize_view, frame, size), plant)
+    yield Metric(timed(resize, 5), timed(yardstick, 5), 60)
+
+
+@contextlib.contextmanager
+def map_1080p(plant: float) -> Iterator[Metric]:
+    """Patch tokens to a 1080p map of 20 defect types, against a matrix product and copies of a map's size."""
+    package = reference_package()
+    with Inspector(package) as inspector:
+        assert isinstance(inspector.backend, OpenVinoBackend)
+        tokens, embedding = inspector.backend.encode([belt_frame()])
+    bank, spec = bank_around(tokens, TYPES), package.manifest.map
+    make = slowed(functools.partial(make_maps, tokens, embedding, bank, spec, MAP), plant)
+    left, right = (np.ones((MAP[1], MAP[1]), np.float32) for _ in range(2))
+    product, copy = np.empty_like(left), np.empty((MAP[1], MAP[0]), np.float32)
+    one_map = np.ones_like(copy)
+
+    def yardstick() -> None:
+        np.matmul(left, right, out=product)
+        np.copyto(copy, one_map)
+
+    with threadpool_limits(1, "blas"):
+        yield Metric(timed(make), timed(yardstick), 40)
+
+
+@contextlib.contextmanager
+def four_cameras(plant: float) -> Iterator[Metric]:
+    """A frame of four 720p cameras through the whole line, reference model, against its encoder with all cores busy."""
+    package = reference_package()
+    frames = CAMERAS * FRAMES_EACH
+    model = compiled(package.encoder_bytes(), "fp32", "THROUGHPUT")
+    requests, image = require("openvino").AsyncInferQueue(model), fixed_input(model)
+
+    def encode_all() -> None:
+        for _ in range(frames):
+            requests.start_async([image], share_inputs=True)
+        requests.wait_all()
+
+    with Inspector(package, precision="fp32", throughput=True) as inspector:
+        inspector.inspect_batch = slowed(inspector.inspect_batch, plant)  # type: ignore[method-assign]
+
+        def line() -> float:
+            options = f"@1000?loop=4&frames={FRAMES_EACH}"
+            size = f"{FRAME[0]}x{FRAME[1]}"
+            plans = [
+                CameraPlan(f"c{number}", f"synthetic://{size}{options}&seed={number}", policy="wait")
+                for number in range(CAMERAS)
+            ]
+            pipeline = Pipeline(inspector, plans)
+            pipeline.run()  # draws its frames before its own clock starts
+            return frames * 1e3 / pipeline.as_json()["fps"]
+
+        yield Metric(line, timed(encode_all), 3)
+
+
+@contextlib.contextmanager
+def int8_encoder(plant: float) -> Iterator[Metric]:
+    """The INT8 encoder of ViT-B/16 at 224 px, against its FP32 encoder."""
+    package = vit_package()
+    encode = slowed(bare_encoder(package, "int8"), plant)
+    yield Metric(timed(encode), timed(bare_encoder(package, "fp32")), 12)
+
+
+METRICS: dict[str, Callable[[float], contextlib.AbstractContextManager[Metric]]] = {
+    "inspect, surface-tiny fp32": inspect_reference,
+    "inspect, ViT-B/16 int8": inspect_vit_b16_int8,
+    "preprocess 720p": preprocess,
+    "map 1080p, K = 20": map_1080p,
+    "line, 4 cameras": four_cameras,
+    "encode int8 / fp32": int8_encoder,
+}
+
+
+def belt_frame() -> NDArray[np.uint8]:
+    """[720, 1280, 3] BGR, always the same."""
+    return Belt(FRAME, seed=1).frame(0).image
