@@ -32,7 +32,7 @@ from dapo_edge.files import as_bytes, write_atomically
 SCHEMA = "dapo-edge guard 1"
 LEAST_BAND, TIMES_SPREAD = 0.05, 3.0
 WIDEST_BAND = 0.09  # a slowdown of 10 % must stand out
-VISITS, RERUNS, TRIES, CLEAN_RUNS = 3, 4, 3, 10
+VISITS, RERUNS, TRIES, CLEAN_RUNS = 2, 4, 3, 10
 PLANTED = 0.10
 
 Again = Callable[[str], float]  # measures one metric once more, from the start

@@ -55,13 +55,13 @@ from dapo_edge.runtime.tiling import Views
 from dapo_edge.structures import Inspection
 
 SCHEMA = "dapo-edge scaling 1"
-WARM, LEAST, MOST, SECONDS = 2, 8, 200, 6.0
+WARM, LEAST, MOST, SECONDS = 2, 8, 200, 2.5
 IMAGE_SIZES = (224, 288, 336, 384, 448, 512)
 DEFECT_TYPES = (1, 2, 4, 8, 16, 32, 64)
 MAP_SIZES = ((640, 480), (1280, 720), (1920, 1080), (4000, 3000))
 TYPES = 20
 CAMERAS = (1, 2, 3, 4, 6, 8)
-CAMERA_ROUNDS, CAMERA_SECONDS, LOAD, LOAD_SECONDS = 3, 3.0, 0.7, 8.0
+CAMERA_ROUNDS, CAMERA_SECONDS, LOAD, LOAD_SECONDS = 2, 2.0, 0.7, 5.0
 LARGE = (4000, 3000)
 TILES = {1: (4000, 3000), 2: (2000, 3000), 4: (2000, 1500), 6: (1334, 1500), 12: (1000, 1000), 24: (667, 750)}
 

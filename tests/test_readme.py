@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -159,3 +160,30 @@ def test_the_lines_figures_are_those_that_were_measured() -> None:
         assert (
             f"| {row['line_to_encoder']['median']:.2f} | {row['one_by_one_fps']:.{0 if row is tiny else 1}f} |" in page
         )
+
+
+def test_the_peers_figures_are_those_that_were_measured() -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from peer_results import table
+
+    measured = json.loads((ROOT / "benchmarks/results/amd-epyc-2-cores/peers.json").read_text())
+    page = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
+    assert table(measured).strip() in page
+    b16, large = (
+        {claim["over"]: claim["times_faster"]["median"] for claim in measured["configurations"][name]["claims"]}
+        for name in ("b16-224", "l14-518")
+    )
+    assert f"| {b16['eager-fp32']:.1f} / {b16['ort-int8']:.1f} / {b16['best']:.1f} times |" in README
+    assert f"| {large['eager-fp32']:.1f} times |" in README
+    assert b16["eager-fp32"] >= 4
+    assert b16["ort-int8"] >= 1.4
+    assert b16["best"] >= 1.2
+    assert large["eager-fp32"] >= 4
+
+
+def test_the_shares_outside_the_encoder_are_those_that_were_measured() -> None:
+    shares = json.loads((ROOT / "benchmarks/results/amd-epyc-2-cores/outside.json").read_text())["shares"]
+    page = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
+    for name, found in shares.items():
+        assert f"| {name} |" in page
+        assert f"| {found['ms']['total']['p50']:.1f} | {100 * found['share_outside_encoder']:.1f} % |" in page

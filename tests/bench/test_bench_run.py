@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_machine import rails
+from bench_machine import rails
 
 from dapo_edge.bench import BenchPlan, bench
 from dapo_edge.bench import run as bench_run

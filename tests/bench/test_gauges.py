@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from fake_machine import STATUS, rails, rapl, write
+from bench_machine import STATUS, rails, rapl, write
 
 from dapo_edge.bench import power
 from dapo_edge.bench.gauges import CpuClock, HostMemory, HottestZone, JetsonGpuClock, power_mode

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fake_machine import STATUS, FakeNvml, rails, rapl, write
+from bench_machine import STATUS, FakeNvml, rails, rapl, write
 
 from dapo_edge.bench import nvml, power
 from dapo_edge.bench.sensors import Reading, Sensors
