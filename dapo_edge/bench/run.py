@@ -83,11 +83,7 @@ def bench(
         timeline = found.samples.timeline(found.started_s)
         sensors.annotate(timeline, found.started_s)
         sweeps = _sweeps(inspector, plan, feed, progress) if not found.interrupted else _Sweeps()
-    warnings = [*feed.warnings, *found.warnings, *_warnings(plan, warm, found, sweeps), *sensed.pop("warnings")]
-    if others.get("share", 0) > MOST_OTHERS:
-        warnings.append(
-            f"other programs, or other guests of this computer, took {others['share']:.0%} of its processors meanwhile"
-        )
+    warnings = [*_warnings(plan, warm, found, sweeps, others.get("share", 0.0)), *sensed.pop("warnings")]
     return {
         "schema": SCHEMA,
         **provenance(command),
@@ -102,7 +98,7 @@ def bench(
         "timeline": timeline,
         **sensed,
         "others": others,
-        "warnings": warnings,
+        "warnings": [*feed.warnings, *found.warnings, *warnings],
     }
 
 
@@ -286,8 +282,13 @@ def _sweeps(inspector: Inspector, plan: BenchPlan, feed: Feed, progress: Progres
     return found
 
 
-def _warnings(plan: BenchPlan, warm: WarmUp, found: _Measured, sweeps: _Sweeps) -> list[str]:
+def _warnings(plan: BenchPlan, warm: WarmUp, found: _Measured, sweeps: _Sweeps, others: float) -> list[str]:
+    """`others`: which share of the processors was somebody else's."""
     warnings = []
+    if others > MOST_OTHERS:
+        warnings.append(
+            f"other programs, or other guests of this computer, took {others:.0%} of its processors meanwhile"
+        )
     if found.interrupted:
         why = f" ({found.error.cause})" if found.error else ""
         warnings.append(f"interrupted after {len(found.samples)} frames{why}: the figures are of a part of the run")
