@@ -25,6 +25,7 @@ from unittest.mock import patch
 import numpy as np
 from common import DEMO_RECIPE, FRAME_SIZE, resident_mb, results_folder, say, vit_b16
 from naive_int8 import naive_int8
+from packages import judged_vit_package
 
 from dapo_edge import build
 from dapo_edge.backends.base import Backend
@@ -76,7 +77,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         if "speed" in parts:
-            result["vit_b16_224"] = say("speed", speed(folder))
+            result["vit_b16_224"] = say("speed", speed())
         if "accuracy" in parts:
             result["surfaces_v1"] = say("accuracy", accuracy(folder, arguments.test_images))
         if "outliers" in parts:
@@ -88,16 +89,9 @@ def main() -> None:
     print(f"written: {arguments.out}", file=sys.stderr)
 
 
-def speed(folder: Path) -> dict[str, Any]:
+def speed() -> dict[str, Any]:
     """ViT-B/16 at 224 px in each precision: encoder alone, and from a 1080p frame to the map."""
-    recipe = vit_b16().model_copy(
-        update={
-            "precision": "auto",
-            "calibration": Calibration(frames="synthetic", count=64),
-            "gate": Gate(count=16),
-        }
-    )
-    package = build(recipe, folder / "vit-b16.dapo")
+    package = judged_vit_package()
     frames = [Belt(FRAME_SIZE, seed=1).frame(index * 15).image for index in range(8)]
     stages: dict[str, dict[str, list[float]]] = {}
     with opened(package) as backends:

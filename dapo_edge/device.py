@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -71,12 +73,6 @@ class Device:
 
 def this_device() -> Device:
     """Look at this machine. Never raises, never touches TensorRT."""
-    packages = {}
-    for package in RUNTIMES:
-        try:
-            packages[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     release, found = _first_line("/etc/nv_tegra_release"), gpus()
     return Device(
         cpu=cpu_name(),
@@ -88,8 +84,17 @@ def this_device() -> Device:
         l4t=_l4t(release),
         cuda_devices=len(found),
         gpus=found,
-        packages=packages,
+        packages=versions(RUNTIMES),
     )
+
+
+def versions(names: Iterable[str]) -> dict[str, str]:
+    """Of those Python packages that are installed."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def as_json(device: Device) -> dict[str, object]:

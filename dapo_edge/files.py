@@ -15,10 +15,9 @@ from dapo_edge.errors import OutputError
 def write_atomically(path: Path, content: bytes) -> Path:
     """Write beside `path`, then rename; makes its folder.
 
-    Raises `OutputError` when the system refuses, and for what is no plain file: a device would be replaced by one.
+    Raises `OutputError` when the system refuses, and as `check_replaceable` does.
     """
-    if path.exists() and not path.is_file():
-        raise OutputError(f"'{path}' exists and is no plain file", "Name another file")
+    check_replaceable(path)
     beside = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,6 +31,12 @@ def write_atomically(path: Path, content: bytes) -> Path:
     except OSError as error:
         raise OutputError.refused(path, error) from error
     return path
+
+
+def check_replaceable(path: Path) -> None:
+    """Raises `OutputError` for what exists and is no plain file: a file would take its place."""
+    if path.exists() and not path.is_file():
+        raise OutputError(f"'{path}' can't be written (it is no plain file)", "Name another file")
 
 
 def as_bytes(content: Any) -> bytes:

@@ -17,6 +17,7 @@ import pytest
 
 from dapo_edge.bench import SCHEMA, BenchPlan, bench
 from dapo_edge.cli import main
+from dapo_edge.cli_bench import bench as command
 from dapo_edge.cli_bench import check_deadline
 from dapo_edge.errors import DeadlineError, PackageIncompatible, RecipeError
 from dapo_edge.package import EnginePackage
@@ -233,6 +234,11 @@ def test_passwords_stay_out_of_the_document(package: EnginePackage, tmp_path: Pa
     result = dapo_edge("bench", package.path, "--source", "rtsp://me:secret@127.0.0.1:9/x?dapo.open_timeout_s=1")
     assert result.returncode == 5
     assert "secret" not in result.stdout + result.stderr
+
+
+def test_the_options_have_the_plan_s_defaults() -> None:
+    plan, options = BenchPlan(), {option.name: option.default for option in command.params}
+    assert (options["source"], options["frames"]) == (plan.source, plan.frames)
 
 
 def test_from_python(package: EnginePackage) -> None:

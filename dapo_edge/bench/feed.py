@@ -115,12 +115,12 @@ def _read_again(uri: str) -> Iterator[Shot]:
             raise SourceError(f"'{redact(uri)}' has no frame any more", "Leave its files alone while they are measured")
 
 
-def _timed_read(source: Source) -> Shot | None:
+def _timed_read(source: Source, timeout_s: float | None = None) -> Shot | None:
     """The next frame that can be used; None at the end."""
     while True:
         started = time.perf_counter()
         try:
-            frame = source.read()
+            frame = source.read(timeout_s)
         except FrameError:
             continue
         return None if frame is None else Shot(frame, (time.perf_counter() - started) * 1e3)
@@ -128,12 +128,6 @@ def _timed_read(source: Source) -> Shot | None:
 
 def _live(uri: str) -> Iterator[Shot]:
     with open_source(uri) as source:
-        while True:
-            try:
-                frame = source.read(SILENT_S)
-            except FrameError:
-                continue
-            if frame is None:
-                return
+        while (shot := _timed_read(source, SILENT_S)) is not None:
             known = source.has_camera_clock
-            yield Shot(frame, max(0.0, (time.time_ns() - frame.timestamp_ns) / 1e6) if known else None)
+            yield Shot(shot.frame, max(0.0, (time.time_ns() - shot.frame.timestamp_ns) / 1e6) if known else None)

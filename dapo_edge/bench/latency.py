@@ -8,7 +8,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -123,28 +123,8 @@ def one_at_a_time(
     A KeyboardInterrupt, or a source that breaks off, ends the run and keeps what there is; before the first frame it is
     raised. Raises `SourceError` when not one frame could be inspected.
     """
-    samples, failed = Samples(), 0
-    cut: BaseException | None = None
-    started_s = time.monotonic()
-    try:
-        with Emitter() as emitter:
-            for shot in _so_many(feed, frames, seconds):
-                try:
-                    ms, _ = one_frame(inspector, shot, emitter)
-                except FrameError as error:
-                    failed += 1
-                    _check_any(samples, failed, error)
-                    continue
-                samples.add(ms, time.monotonic())
-                tick(len(samples), 0 if seconds else frames)
-    except (KeyboardInterrupt, SourceError) as error:
-        if not len(samples):
-            raise
-        cut = error
-    passed_s = time.monotonic() - started_s
-    ended = cut is None and _is_short(len(samples) + failed, passed_s, frames, seconds)
-    _check_some(samples, feed)
-    return LatencyRun(samples, started_s, passed_s, failed, cut is not None, ended, _of_source(cut))
+    (run,) = _turns((inspector,), feed, frames, seconds, tick, lambda results: None)
+    return run
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,25 +150,45 @@ def by_turns(
 
     Each frame goes through both; which comes first alternates. Raises as `one_at_a_time` does.
     """
-    pair = (ours, theirs)
-    series, differ, gap = (Samples(), Samples()), 0, 0.0
-    failed = 0
+    differ, gap = 0, 0.0
+
+    def compare(results: Sequence[Inspection]) -> None:
+        nonlocal differ, gap
+        one, other = results
+        differ += one.verdict != other.verdict
+        gap = max(gap, abs(one.score - other.score))
+
+    first, second = _turns((ours, theirs), feed, frames, seconds, tick, compare)
+    count = min(len(first.samples), len(second.samples))
+    ratios = second.samples.of("total")[:count] / first.samples.of("total")[:count]
+    return Comparison(first, second, median_interval(ratios), differ, gap)
+
+
+def _turns(
+    inspectors: Sequence[Inspector],
+    feed: Feed,
+    frames: int,
+    seconds: float | None,
+    tick: Tick,
+    look: Callable[[Sequence[Inspection]], None],
+) -> list[LatencyRun]:
+    """Each frame through all inspectors, forwards and backwards by turns; `look` gets what they said of it."""
+    series, failed = [Samples() for _ in inspectors], 0
     cut: BaseException | None = None
     started_s = time.monotonic()
     try:
         with Emitter() as emitter:
             for number, shot in enumerate(_so_many(feed, frames, seconds)):
-                order = (0, 1) if number % 2 == 0 else (1, 0)
+                order = range(len(inspectors))[:: 1 if number % 2 == 0 else -1]
                 try:
-                    found = {which: one_frame(pair[which], shot, emitter) for which in order}
+                    found = {which: one_frame(inspectors[which], shot, emitter) for which in order}
                 except FrameError as error:
                     failed += 1
                     _check_any(series[0], failed, error)
                     continue
                 for which, (ms, _) in found.items():
                     series[which].add(ms, time.monotonic())
-                differ += found[0][1].verdict != found[1][1].verdict
-                gap = max(gap, abs(found[0][1].score - found[1][1].score))
+                look([found[which][1] for which in range(len(inspectors))])
                 tick(len(series[0]), 0 if seconds else frames)
     except (KeyboardInterrupt, SourceError) as error:
         if not all(map(len, series)):
@@ -197,10 +197,8 @@ def by_turns(
     _check_some(series[0], feed)
     passed_s, count = time.monotonic() - started_s, min(map(len, series))
     ended = cut is None and _is_short(count + failed, passed_s, frames, seconds)
-    ratios = series[1].of("total")[:count] / series[0].of("total")[:count]
-    broken = _of_source(cut)
-    runs = [LatencyRun(samples, started_s, passed_s, failed, cut is not None, ended, broken) for samples in series]
-    return Comparison(runs[0], runs[1], median_interval(ratios), differ, gap)
+    broken = cut if isinstance(cut, SourceError) else None
+    return [LatencyRun(samples, started_s, passed_s, failed, cut is not None, ended, broken) for samples in series]
 
 
 def median_interval(values: NDArray[np.float64]) -> tuple[float, float, float]:
@@ -269,7 +267,3 @@ def _check_any(samples: Samples, failed: int, error: FrameError) -> None:
         raise SourceError(
             f"none of the first {failed} frames can be inspected ({error.cause})", error.remedy
         ) from error
-
-
-def _of_source(error: BaseException | None) -> SourceError | None:
-    return error if isinstance(error, SourceError) else None

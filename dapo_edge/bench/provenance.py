@@ -8,12 +8,11 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import dapo_edge
-from dapo_edge.device import as_json, this_device
+from dapo_edge.device import as_json, this_device, versions
 from dapo_edge.runtime.sources.uri import redact
 
 PACKAGES = (
@@ -39,7 +38,7 @@ def provenance(command: Sequence[str]) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": _in_a_shell(command),
         "device": as_json(this_device()),
-        "software": {"python": platform.python_version(), **_versions(), "git": git_state(_checkout())},
+        "software": {"python": platform.python_version(), **versions(PACKAGES), "git": git_state(_checkout())},
     }
 
 
@@ -60,16 +59,6 @@ def _in_a_shell(command: Sequence[str]) -> str:
 
 def _checkout() -> Path:
     return Path(dapo_edge.__file__).resolve().parent.parent
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dapo_edge.bench import plots, words
-from dapo_edge.errors import OutputError
 from dapo_edge.extras import require
-from dapo_edge.files import check_writable, write_atomically
+from dapo_edge.files import check_replaceable, check_writable, write_atomically
 from dapo_edge.page import environment
 
 Document = Mapping[str, Any]
@@ -21,8 +20,7 @@ def check_can_write(path: Path) -> None:
     for package in ("jinja2", "matplotlib"):
         require(package)
     check_writable(path.parent)
-    if path.exists() and not path.is_file():  # the page would take the place of a device, for whoever may do that
-        raise OutputError(f"'{path}' can't be written (it is no plain file)", "Name a file, such as bench.html")
+    check_replaceable(path)
 
 
 def write_report(result: Document, path: Path) -> None:

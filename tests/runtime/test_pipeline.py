@@ -50,7 +50,7 @@ def test_batches_mix_cameras_and_starve_none() -> None:
             running.end()
     assert max(engine.batches) == 4 and sum(engine.batches) == 120
     first = [outcome.camera for outcome in sink.outcomes[:60]]
-    assert min(first.count(name) for name in "abc") >= 6, "20 each where threads take turns evenly"
+    assert min(first.count(name) for name in "abc") >= 10
 
 
 def test_a_batch_waits_for_other_cameras_no_longer_than_its_window() -> None:
