@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +17,8 @@ from numpy.typing import NDArray
 from dapo_edge.config import Recipe, parse_recipe
 from dapo_edge.data.surfaces import DEFECTS
 from dapo_edge.device import this_device
+from dapo_edge.errors import DapoEdgeError, OutputError
+from dapo_edge.files import check_replaceable, check_writable
 from dapo_edge.prompt_bank import PromptBank
 from dapo_edge.structures import NORMAL
 
@@ -27,6 +31,28 @@ def results_folder() -> Path:
     """Where results of this very device lie."""
     device = this_device()
     return HERE / "results" / re.sub(r"[^a-z0-9]+", "-", f"{device.cpu} {device.cores} cores".lower()).strip("-")
+
+
+def result_file(text: str) -> Path:
+    """Where a result will be written, as a type of argparse: refused before minutes are spent."""
+    path = Path(text)
+    try:
+        check_replaceable(path)
+        check_writable(path.parent)
+    except OutputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return path
+
+
+def end_with(main: Callable[[], int | None]) -> NoReturn:
+    """Run a script: what it refuses is one line, and so is an interruption."""
+    try:
+        sys.exit(main())
+    except DapoEdgeError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted: what was not written yet is lost", file=sys.stderr)
+        sys.exit(130)
 
 
 def vit_b16() -> Recipe:

@@ -1,11 +1,11 @@
 """Tell whether this code became slower: ratios to fixed yardsticks against the committed ones, never absolute times.
 
     python benchmarks/guard.py              # compare; exit code 1 names what is slower than its noise band allows
-    python benchmarks/guard.py --write      # measure in fresh processes, and write ratios and bands
+    python benchmarks/guard.py --write      # measure several times, and write ratios and bands
     python benchmarks/guard.py --self-test  # a planted slowdown of 10 % must be caught, 10 runs without it must not be
 
-What looks slower is measured again, and counts only if it is slower every time. On a device without a committed file
-the ratios are printed, and that is all.
+Each metric is read in several fresh processes. What looks slower is measured again, and counts only if it is slower
+every time. On a device without a committed file the ratios are printed, and that is all.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,8 @@ from dapo_edge.files import as_bytes, write_atomically
 SCHEMA = "dapo-edge guard 1"
 LEAST_BAND, TIMES_SPREAD = 0.05, 3.0
 WIDEST_BAND = 0.09  # a slowdown of 10 % must stand out
-VISITS, RERUNS, TRIES, CLEAN_RUNS = 2, 4, 3, 10
+RERUNS, TRIES, CLEAN_RUNS = 4, 3, 10
 PLANTED = 0.10
-
-Again = Callable[[str], float]  # measures one metric once more, from the start
 
 
 @dataclass(frozen=True)
@@ -78,14 +76,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     what.add_argument("--self-test", action="store_true")
     parser.add_argument("--plant", type=_share, default=0.0, help="slow our side down by this share, to be caught")
     parser.add_argument("--json", action="store_true", help="one document on stdout")
+    what.add_argument("--visit", action="append", choices=list(METRICS), help="read this metric once, in this process")
     options = parser.parse_args(arguments)
     if options.plant and (options.write or options.self_test):
         parser.error("--plant is for a single comparison")
     try:
+        if options.visit:
+            print(
+                json.dumps({name: asdict(reading) for name, reading in visited(options.visit, options.plant).items()})
+            )
+            return 0
         if options.write:
-            return written(options.out, run_alone)
+            return written(options.out)
         if options.self_test:
-            return self_tested(options.out, run_alone)
+            return self_tested(options.out)
         return compared(options.out, options.plant, options.json)
     except DapoEdgeError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -101,8 +105,7 @@ def compared(path: Path, plant: float, as_json: bool) -> int:
             "Write it again: python benchmarks/guard.py --write",
         )
     readings = measured(list(METRICS), plant)
-    ratios = {name: reading.ratio for name, reading in readings.items()}
-    findings = against(committed or {}, ratios, lambda name: measured([name], plant)[name].ratio)
+    findings = against(committed or {}, readings, plant)
     document = {
         "schema": SCHEMA,
         "readings": {name: asdict(reading) for name, reading in readings.items()},
@@ -112,19 +115,19 @@ def compared(path: Path, plant: float, as_json: bool) -> int:
         print(json.dumps(document))
     elif committed is None:
         print(f"nothing is committed for this device ({path}): write it with --write")
-        print("\n".join(f"{name}: {ratio:.3f}" for name, ratio in ratios.items()))
+        print("\n".join(f"{name}: {reading.ratio:.3f}" for name, reading in readings.items()))
     else:
         print("\n".join([*map(in_words, findings), *other_versions(path)]))
-    return int(any(finding.verdict == "slower" for finding in findings))
+    return int(bool(_slower(findings)))
 
 
 def measured(names: Sequence[str], plant: float) -> dict[str, Reading]:
     """Visit all metrics in turn, several times: what disturbs the machine for a while spoils one visit to each."""
     visits: dict[str, list[Reading]] = {name: [] for name in names}
-    for _ in range(VISITS):
-        for name in names:
-            with METRICS[name](plant) as metric:
-                visits[name].append(read(metric))
+    for number in range(max(METRICS[name].visits for name in names)):
+        left = [name for name in names if number < METRICS[name].visits]
+        for name, reading in visited_alone(left, plant).items():
+            visits[name].append(reading)
     readings = {name: together(several) for name, several in visits.items()}
     for name, reading in readings.items():
         times = f"{reading.ours_ms:.2f} ms / {reading.yardstick_ms:.2f} ms"
@@ -132,13 +135,35 @@ def measured(names: Sequence[str], plant: float) -> dict[str, Reading]:
     return readings
 
 
-def against(committed: Mapping[str, Committed], ratios: Mapping[str, float], again: Again) -> list[Finding]:
+def visited(names: Sequence[str], plant: float) -> dict[str, Reading]:
+    """Read each metric once."""
+    readings = {}
+    for name in names:
+        with METRICS[name].opened(plant) as metric:
+            readings[name] = read(metric)
+    return readings
+
+
+def visited_alone(names: Sequence[str], plant: float) -> dict[str, Reading]:
+    """`visited` in a process of its own. Raises `BackendError` when it breaks off."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--plant", str(plant)]
+    for name in names:
+        command += ["--visit", name]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    try:
+        return {name: Reading(**reading) for name, reading in json.loads(done.stdout).items()}
+    except ValueError as error:
+        raise BackendError(f"a visit broke off (exit code {done.returncode})", "See what it said above") from error
+
+
+def against(committed: Mapping[str, Committed], readings: Mapping[str, Reading], plant: float) -> list[Finding]:
     """Each committed metric then and now. One that seems slower is measured up to `TRIES` times more."""
     findings = []
     for name, then in committed.items():
-        finding = Finding(name, then.ratio, ratios[name], then.band, 1)
+        finding = Finding(name, then.ratio, readings[name].ratio, then.band, 1)
         while finding.verdict == "slower" and finding.tries <= TRIES:
-            finding = Finding(name, then.ratio, min(finding.new, again(name)), then.band, finding.tries + 1)
+            again = measured([name], plant)[name].ratio
+            finding = Finding(name, then.ratio, min(finding.new, again), then.band, finding.tries + 1)
         findings.append(finding)
     return findings
 
@@ -182,14 +207,10 @@ def other_versions(path: Path) -> list[str]:
     return [f"other versions than then: {', '.join(changes)}"] if changes else []
 
 
-def written(path: Path, run: Callable[[Path, float], dict[str, Any]]) -> int:
-    """Write ratios and bands from runs in processes of their own, which is how they will be compared.
-
-    Raises `BackendError` for a metric too noisy to be guarded.
-    """
-    nowhere = path.with_name("nothing.json")  # these runs compare with nothing
-    runs = [run(nowhere, 0.0)["readings"] for _ in range(RERUNS)]
-    metrics = {name: _entry(name, [one[name]["ratio"] for one in runs], runs[-1][name]) for name in METRICS}
+def written(path: Path) -> int:
+    """Write ratios and bands. Raises `BackendError` for a metric too noisy to be guarded."""
+    runs = [measured(list(METRICS), 0.0) for _ in range(RERUNS)]
+    metrics = {name: _entry(name, [run[name].ratio for run in runs], runs[-1][name]) for name in METRICS}
     document = {
         "schema": SCHEMA,
         **provenance(["python", "benchmarks/guard.py", "--write"]),
@@ -201,19 +222,19 @@ def written(path: Path, run: Callable[[Path, float], dict[str, Any]]) -> int:
     return 0
 
 
-def _entry(name: str, ratios: Sequence[float], last: Mapping[str, float]) -> dict[str, Any]:
+def _entry(name: str, ratios: Sequence[float], last: Reading) -> dict[str, Any]:
     """A metric's part of the file."""
     middle = statistics.median(ratios)
     spread = statistics.stdev(ratios) / middle
     return {
-        "what": METRICS[name].__doc__,
+        "what": METRICS[name].opened.__doc__,
         "ratio": middle,
         "band": band_of(name, spread),
         "reruns": list(ratios),
         "spread_between_reruns": spread,
-        "spread_between_quartiles": last["spread"],
-        "ours_ms": last["ours_ms"],
-        "yardstick_ms": last["yardstick_ms"],
+        "spread_between_quartiles": last.spread,
+        "ours_ms": last.ours_ms,
+        "yardstick_ms": last.yardstick_ms,
     }
 
 
@@ -231,18 +252,22 @@ def band_of(name: str, spread: float) -> float:
     return band
 
 
-def self_tested(path: Path, run: Callable[[Path, float], dict[str, Any]]) -> int:
+def self_tested(path: Path) -> int:
     """Plant a slowdown, then run as it is; write the outcome into the file. 1 if the guard did not do its duty.
 
     Raises `RecipeError` where there is no file.
     """
-    document = _document(path)
-    if committed_in(path) is None or document is None:
+    committed, document = committed_in(path), _document(path)
+    if committed is None or document is None:
         raise RecipeError(f"there is no '{path}' to test", "Write it first: python benchmarks/guard.py --write")
     started = time.monotonic()
-    caught = _slower(run(path, PLANTED))
-    missed = [name for name in METRICS if name not in caught]
-    flagged = [_slower(run(path, 0.0)) for _ in range(CLEAN_RUNS)]
+
+    def run(plant: float) -> list[str]:
+        return _slower(against(committed, measured(list(committed), plant), plant))
+
+    caught = run(PLANTED)
+    missed = [name for name in committed if name not in caught]
+    flagged = [run(0.0) for _ in range(CLEAN_RUNS)]
     run_by = provenance(["python", "benchmarks/guard.py", "--self-test"])
     document["self_test"] = {
         "date": run_by["date"],
@@ -260,18 +285,8 @@ def self_tested(path: Path, run: Callable[[Path, float], dict[str, Any]]) -> int
     return int(bool(missed) or any(flagged))
 
 
-def run_alone(path: Path, plant: float) -> dict[str, Any]:
-    """The document of a run in a process of its own. Raises `BackendError` when it breaks off."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--json", "--out", str(path), "--plant", str(plant)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    try:
-        return json.loads(done.stdout)
-    except ValueError as error:
-        raise BackendError(f"a run broke off (exit code {done.returncode})", "See what it said above") from error
-
-
-def _slower(document: Mapping[str, Any]) -> list[str]:
-    return [finding["name"] for finding in document["findings"] if finding["verdict"] == "slower"]
+def _slower(findings: Sequence[Finding]) -> list[str]:
+    return [finding.name for finding in findings if finding.verdict == "slower"]
 
 
 def _document(path: Path) -> dict[str, Any] | None:

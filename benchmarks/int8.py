@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import json
 import statistics
 import sys
@@ -23,7 +22,7 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-from common import DEMO_RECIPE, FRAME_SIZE, resident_mb, results_folder, say, vit_b16
+from common import DEMO_RECIPE, FRAME_SIZE, end_with, resident_mb, result_file, results_folder, say, vit_b16
 from naive_int8 import naive_int8
 from packages import judged_vit_package
 
@@ -32,13 +31,13 @@ from dapo_edge.backends.base import Backend
 from dapo_edge.backends.host import all_channels
 from dapo_edge.backends.openvino import OpenVinoBackend, fast_float_type
 from dapo_edge.bench import percentiles
+from dapo_edge.bench.provenance import provenance
 from dapo_edge.calibration.frames import Usable, calibration_frames
 from dapo_edge.calibration.run import calibrate
 from dapo_edge.config import Calibration, Gate, Recipe, load_recipe
 from dapo_edge.data import protocol
 from dapo_edge.data.belt import Belt
 from dapo_edge.data.protocol import surfaces_v1
-from dapo_edge.device import as_json, this_device
 from dapo_edge.engine.build import build as build_package
 from dapo_edge.engine.int8 import Int8, build_int8
 from dapo_edge.engine.job import Job
@@ -46,6 +45,7 @@ from dapo_edge.engine.judge import Judge
 from dapo_edge.engine.range_probe import RangeProbe
 from dapo_edge.evaluation.comparison import TEST_SETS
 from dapo_edge.evaluation.metrics import Evaluation
+from dapo_edge.files import as_bytes, write_atomically
 from dapo_edge.models.eager import EagerBackend
 from dapo_edge.models.method import Method, method_of
 from dapo_edge.package import ENCODER_INT8, EnginePackage, PackageWriter
@@ -62,7 +62,7 @@ OUTLIER_BLOCK = 1  # all feature layers of the demo model see its residual strea
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=results_folder() / "int8.json")
+    parser.add_argument("--out", type=result_file, default=results_folder() / "int8.json")
     parser.add_argument("--parts", default="speed,accuracy,outliers,calibration")
     parser.add_argument("--test-images", type=int, default=500)
     arguments = parser.parse_args()
@@ -70,9 +70,7 @@ def main() -> None:
     result = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.exists() else {}
     result |= {
         "schema": "dapo-edge int8 1",
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": "python benchmarks/int8.py",
-        "device": as_json(this_device()),
+        **provenance(sys.argv),
     }
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -84,8 +82,7 @@ def main() -> None:
             result["outliers"] = say("outliers", outliers(folder))
         if "calibration" in parts:
             result["calibration"] = say("calibration", calibration())
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_atomically(arguments.out, as_bytes(result))
     print(f"written: {arguments.out}", file=sys.stderr)
 
 
@@ -309,4 +306,4 @@ def _with_encoder(package: EnginePackage, encoder: bytes, destination: Path) -> 
 
 
 if __name__ == "__main__":
-    main()
+    end_with(main)

@@ -9,8 +9,6 @@ alone and whole line run in one process, by turns, so that a machine that slows 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import statistics
 import sys
 import tempfile
@@ -21,14 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import DEMO_RECIPE, resident_mb, results_folder, say, vit_b16
+from common import DEMO_RECIPE, end_with, resident_mb, result_file, results_folder, say, vit_b16
 
 from dapo_edge import Inspector, build, open_source
 from dapo_edge.backends.openvino import OpenVinoBackend
 from dapo_edge.bench import percentiles
+from dapo_edge.bench.provenance import provenance
 from dapo_edge.config import load_recipe
 from dapo_edge.data.surfaces import make_surface
-from dapo_edge.device import as_json, this_device
+from dapo_edge.files import as_bytes, write_atomically
 from dapo_edge.package import EnginePackage
 from dapo_edge.runtime.outcome import CameraEvent, Outcome
 from dapo_edge.runtime.pipeline import Pipeline
@@ -42,7 +41,7 @@ TILED_SIZE, TILE, OVERLAP = (4000, 3000), (1000, 1000), 250
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=results_folder() / "line.json")
+    parser.add_argument("--out", type=result_file, default=results_folder() / "line.json")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     recipe = load_recipe(DEMO_RECIPE)
@@ -61,9 +60,7 @@ def main() -> None:
         line_fps = throughputs["surface-tiny, batch 1"]["line_fps"]
         result = {
             "schema": "dapo-edge line 1",
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "command": f"python benchmarks/line.py --rounds {arguments.rounds}",
-            "device": as_json(this_device()),
+            **provenance(sys.argv),
             "cameras": f"{CAMERAS} of {SIZE}, fp32",
             "throughput": throughputs,
             "load": say("load", waiting(small, LOAD * line_fps / CAMERAS)),
@@ -71,8 +68,7 @@ def main() -> None:
             "tiles": say("tiles", tiles(small)),
             "trigger": say("trigger", trigger_to_verdict(small)),
         }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_atomically(arguments.out, as_bytes(result))
     print(f"written: {arguments.out}", file=sys.stderr)
 
 
@@ -251,4 +247,4 @@ class Order:
 
 
 if __name__ == "__main__":
-    main()
+    end_with(main)

@@ -9,9 +9,7 @@ evaluation code does. Both see the same maps in one process, one after the other
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import re
 import subprocess
 import sys
@@ -22,11 +20,12 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from common import results_folder
+from common import end_with, result_file, results_folder
 from numpy.typing import NDArray
 
-from dapo_edge.device import as_json, this_device
+from dapo_edge.bench.provenance import provenance
 from dapo_edge.evaluation.metrics import AUPRO_FPR_LIMIT, PixelMetrics
+from dapo_edge.files import as_bytes, write_atomically
 
 SIDE, STEPS = 518, 200
 SCHEMA = "dapo-edge metrics 1"
@@ -116,32 +115,24 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--maps", type=int, default=500)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=result_file, default=results_folder() / "metrics.json")
     arguments = parser.parse_args()
-    device = this_device()
     ours, seconds = streamed(arguments.maps)
     theirs, theirs_s = usual(arguments.maps)
     memory = {str(count): peak_mb(count) for count in (200, 2000)}
     result = {
         "schema": SCHEMA,
-        "date": datetime.date.today().isoformat(),
-        "command": f"python benchmarks/metrics.py --maps {arguments.maps}",
-        "device": as_json(device),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("numpy", "scikit-learn", "scikit-image")},
-        },
+        **provenance(sys.argv),
+        "versions": {name: version(name) for name in ("scikit-learn", "scikit-image")},
         "maps": {"count": arguments.maps, "side_px": SIDE},
         "streaming": {"seconds": seconds, "ms_per_map": 1e3 * seconds / arguments.maps, "metrics": ours},
         "usual": {"seconds": theirs_s["all_s"], **theirs_s, "thresholds": STEPS, "metrics": theirs},
         "ratio": theirs_s["all_s"] / seconds,
         "peak_memory_mb": memory,
     }
-    out = arguments.out or results_folder() / "metrics.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    write_atomically(arguments.out, as_bytes(result))
     print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    end_with(main)

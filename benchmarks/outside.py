@@ -4,7 +4,8 @@
 
 1080p frames, one after the other, from the raw frame to map, regions and verdict. A bank drawn around real tokens gives
 maps with contrast everywhere, more than a line shows; that of seeded weights gives flat ones, where every type may win
-anywhere: the worst case. `--full-size` also times a package of ViT-L/14 at 518 px.
+anywhere: the worst case. `--full-size` also times a package of ViT-L/14 at 518 px. The first run builds the ViT-B/16,
+which takes minutes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import FRAME_SIZE, bank_around, results_folder, say
+from common import FRAME_SIZE, bank_around, end_with, result_file, results_folder, say
 from packages import judged_vit_package, opened, tokens_of
 
 from dapo_edge.bench.bystanders import Bystanders
@@ -39,9 +40,10 @@ TYPES = 20  # on the large map; on others as many as the package has
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=results_folder() / "outside.json")
+    parser.add_argument("--out", type=result_file, default=results_folder() / "outside.json")
     parser.add_argument("--full-size", type=Path, metavar="PACKAGE")
     arguments = parser.parse_args()
+    large = EnginePackage.open(arguments.full_size) if arguments.full_size else None
     vit = judged_vit_package()
     found = {
         "ViT-B/16 at 224 px, INT8": measured(vit, "int8"),
@@ -49,8 +51,7 @@ def main() -> None:
         "the same in INT8, 1080p map of 20 types": measured(vit, "int8", FRAME_SIZE),
         "the same with flat maps": measured(vit, "int8", FRAME_SIZE, contrast=False),
     }
-    if arguments.full_size:
-        large = EnginePackage.open(arguments.full_size)
+    if large:
         for precision in ("int8", "fp32"):
             name = f"{large.manifest.backbone} at {large.manifest.image_size} px, {precision.upper()}"
             found[name] = measured(large, precision, frames=FRAMES_OF_A_VIT_L)
@@ -97,4 +98,4 @@ def _inspector(package: EnginePackage, precision: str, map_size: MapSize, *, con
 
 
 if __name__ == "__main__":
-    main()
+    end_with(main)

@@ -56,6 +56,9 @@ def graph(spec: Spec) -> Loaded:
 
 def onnxruntime(spec: Spec) -> Loaded:
     """ONNX Runtime on CUDA, with the usual pipeline around it on the host."""
+    import torch
+
+    torch.set_num_threads(spec.threads)
     package, _ = opened(spec)
     return onnxruntime_session(spec, package.encoder_path(), "CUDAExecutionProvider")
 

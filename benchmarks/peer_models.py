@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from peer_spec import Loaded, Spec
 
 from dapo_edge import Inspector, __version__
+from dapo_edge.extras import require
 from dapo_edge.package import EnginePackage
 from dapo_edge.prompt_bank import PromptBank
 
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 QUICK_LOOK = 5  # encodings that decide which of two ways to BF16 a torch contender takes
+# Of torch around an encoder with threads of its own. As many as cores again, and both pools spin against each other
+# on the same cores: people would see it and mend it, and our figures must not live from it.
+THREADS_AROUND = 1
+AROUND = f"torch around the encoder has {THREADS_AROUND} thread: it would be in the way of the encoder's own"
 
 
 def versions(*names: str) -> dict[str, str]:
@@ -123,23 +128,25 @@ def _quick_ms(encode: Callable[[Tensor], Tensor], image: Tensor) -> float:
 
 def onnxruntime(spec: Spec) -> Loaded:
     """Our exported encoder: float, or INT8 with our Q/DQ (precision "int8-qdq") or ORT's own ("int8-dynamic")."""
+    import torch
+
+    torch.set_num_threads(THREADS_AROUND)
     package, _ = opened(spec)
     if spec.precision == "int8-dynamic":
         path = _dynamically_quantized(package, Path(spec.cache))
     else:
         path = package.encoder_path("int8" if spec.precision == "int8-qdq" else "fp32")
-    return onnxruntime_session(spec, path, "CPUExecutionProvider")
+    return onnxruntime_session(spec, path, "CPUExecutionProvider", (AROUND,))
 
 
-def onnxruntime_session(spec: Spec, path: Path, provider: str) -> Loaded:
+def onnxruntime_session(spec: Spec, path: Path, provider: str, notes: tuple[str, ...] = ()) -> Loaded:
     """All graph optimisations, one thread per core. Raises `DependencyMissing` where the provider is not there."""
-    import onnxruntime as ort
+    ort = require("onnxruntime")
     import torch
     from usual import Usual
 
     from dapo_edge.errors import DependencyMissing
 
-    torch.set_num_threads(spec.threads)
     package, bank = opened(spec)
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
@@ -156,11 +163,12 @@ def onnxruntime_session(spec: Spec, path: Path, provider: str) -> Loaded:
         return torch.from_numpy(session.run(["patch_tokens"], {name: image.numpy()})[0])
 
     about = {"onnxruntime": ort.__version__}
-    return Loaded(Usual(package.manifest, bank).around(encode), spec.precision.partition("-")[0], about)
+    return Loaded(Usual(package.manifest, bank).around(encode), spec.precision.partition("-")[0], about, notes)
 
 
 def _dynamically_quantized(package: EnginePackage, cache: Path) -> Path:
     """What ONNX Runtime's documentation tells people to do for a transformer: preprocess, then quantize_dynamic."""
+    require("onnxruntime")
     from onnxruntime.quantization import quantize_dynamic
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -182,7 +190,7 @@ def openvino(spec: Spec) -> Loaded:
 
     from dapo_edge.backends.openvino import HINT_OF
 
-    torch.set_num_threads(spec.threads)
+    torch.set_num_threads(THREADS_AROUND)
     package, bank = opened(spec)
     model = ov.Core().compile_model(str(package.encoder_path()), "CPU", {"PERFORMANCE_HINT": "LATENCY"})
     hint = model.get_property("INFERENCE_PRECISION_HINT").get_type_name()
@@ -191,7 +199,7 @@ def openvino(spec: Spec) -> Loaded:
     def encode(image: Tensor) -> Tensor:
         return torch.from_numpy(model(image.numpy())["patch_tokens"])
 
-    return Loaded(Usual(package.manifest, bank).around(encode), runs_as, versions("openvino"))
+    return Loaded(Usual(package.manifest, bank).around(encode), runs_as, versions("openvino"), (AROUND,))
 
 
 def ours(spec: Spec) -> Loaded:

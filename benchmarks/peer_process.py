@@ -79,7 +79,7 @@ class Process:
             self._process.kill()
             raise BackendError(f"it gave no answer within {seconds:g} s", f"Look at {self._log}")
         line = self._process.stdout.readline()
-        if not line:
+        if not line.endswith("\n"):  # nothing, or what it could still say
             raise self._died()
         reply = json.loads(line)
         if "error" in reply:

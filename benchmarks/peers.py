@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import FRAME_SIZE, HERE, results_folder
+from common import FRAME_SIZE, HERE, end_with, result_file, results_folder
 from numpy.typing import NDArray
 from peer_contenders import (
     CONFIGURATIONS,
@@ -56,7 +56,9 @@ from peer_results import (
 from peer_spec import Spec
 
 from dapo_edge import device
-from dapo_edge.errors import DapoEdgeError, RecipeError, did_you_mean
+from dapo_edge.bench.bystanders import Bystanders
+from dapo_edge.bench.run import MOST_OTHERS
+from dapo_edge.errors import BackendError, DapoEdgeError, RecipeError, did_you_mean
 from dapo_edge.files import write_atomically
 from dapo_edge.package import ENCODER, EnginePackage
 
@@ -165,7 +167,10 @@ class Stage:
             return difference({"anomaly": found["anomaly"][:1]}, {"anomaly": found["reference"]}, span=1.0)
         # torch's border on a GPU does not repeat the edge, so what is smoothed across it differs.
         border = int(4 * self.package.manifest.map.smoothing_px + 0.5) if contender.device == "cuda" else 0
-        return difference(found, dict(np.load(self.folder / f"{REFERENCE}.npz")), border=border)
+        expected = self.folder / f"{REFERENCE}.npz"
+        if not expected.exists():
+            raise BackendError("there is nothing to compare with: torch in FP32 failed", "Mend that first")
+        return difference(found, dict(np.load(expected)), border=border)
 
     def _has_memory(self) -> bool:
         encoder_mb = self.package.manifest.files[ENCODER].size / 2**20
@@ -208,6 +213,7 @@ def measured(name: str, folders: tuple[Path, ...], options: Options) -> dict[str
     """Everything about one configuration, as JSON values."""
     configuration = CONFIGURATIONS[name]
     package = package_of(configuration, folders)
+    bystanders = Bystanders()
     with tempfile.TemporaryDirectory() as scratch:
         write_inputs(package, Path(scratch))
         stage = Stage(package, Path(scratch), options)
@@ -217,6 +223,9 @@ def measured(name: str, folders: tuple[Path, ...], options: Options) -> dict[str
             if names and is_here:
                 stage.measure(names)
             stage.rows |= {} if is_here else {name: {"status": NO_GPU} for name in names}
+    others = bystanders.summary()
+    if others.get("share", 0) > MOST_OTHERS:
+        print(f"WARNING: other programs took {others['share']:.0%} of the processors: measure again", file=sys.stderr)
     found = with_times({name: stage.rows[name] for name in rows}, stage.rounds)
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -228,6 +237,7 @@ def measured(name: str, folders: tuple[Path, ...], options: Options) -> dict[str
         "rounds": options.rounds,
         "budget_s": options.budget_s,
         "waiting_cpu_share": stage.waiting_cpu_share,
+        "others": others,
         "contenders": found,
         "claims": claims(found, configuration.asked),
     }
@@ -253,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=result_file)
     parser.add_argument("--configs", type=_names_of(CONFIGURATIONS), default=tuple(CONFIGURATIONS))
     parser.add_argument("--only", type=_names_of(CONTENDERS), default=(), help="and what they are compared with")
     parser.add_argument("--rounds", type=int, default=7)
@@ -264,8 +274,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parsed = parser.parse_args(arguments)
     if parsed.rounds < 1 or not 0 < parsed.budget_s < float("inf"):
         parser.error("at least one round, and a budget above 0 s")
-    if parsed.anomalib_python is not None and not os.access(parsed.anomalib_python, os.X_OK):
-        parser.error(f"there is no Python '{parsed.anomalib_python}'")
+    python = parsed.anomalib_python
+    if python is not None and not (python.is_file() and os.access(python, os.X_OK)):
+        parser.error(f"there is no Python '{python}'")
+    if parsed.packages is not None and not parsed.packages.is_dir():
+        parser.error(f"there is no folder '{parsed.packages}'")
     return parsed
 
 
@@ -284,7 +297,4 @@ def _names_of(valid: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except DapoEdgeError as error:
-        sys.exit(f"error: {error}")
+    end_with(main)

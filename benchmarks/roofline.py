@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from ceilings import Peak, copy_gb_per_s, gpu_ceilings, peaks
-from common import HERE, released, results_folder, say
+from common import HERE, end_with, released, result_file, results_folder, say
 from graph_work import Limit, Work, count, limit_of
 from packages import bare_inference, int8_encoder, reference_package, vit_package
 from pydantic import model_validator
@@ -85,7 +85,7 @@ class Configuration:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=results_folder() / "roofline.json")
+    parser.add_argument("--out", type=result_file, default=results_folder() / "roofline.json")
     parser.add_argument("--full-size", action="store_true")
     options = parser.parse_args()
     ratings = read_ratings(RATINGS)
@@ -236,7 +236,7 @@ def in_markdown(document: Mapping[str, Any]) -> str:
             lines.append(f"| {name}, {entry['gmac']:.3g} GMAC | {precision} | {times} | {row['binds']} |")
     lines += [
         "",
-        "Predictions, not measured: the lower limit in ms; in brackets what published efficiencies make of it.",
+        "**Predictions, not measured**: the lower limit in ms; in brackets what published efficiencies make of it.",
     ]
     names = list(document["configurations"])
     lines += ["", f"| device | precision | {' | '.join(names)} |", f"|---|---|{'--:|' * len(names)}"]
@@ -272,4 +272,4 @@ def _exported(recipe: Recipe) -> tuple[bytes, Preprocessing, str]:
 
 
 if __name__ == "__main__":
-    main()
+    end_with(main)

@@ -2,9 +2,9 @@
 
     python benchmarks/scaling.py [--out FILE] [--only "image size,tiles"]
 
-Writes benchmarks/results/<device>/scaling.json and scaling.png. Each point is timed by turns with its own encoder
-alone. Beside what was measured stands what the bytes explain that it touches (touched_bytes.py): a fixed time and one
-bandwidth for each curve.
+Writes benchmarks/results/<device>/scaling.json and scaling.png, and prints its table. Each point is timed by turns
+with its own encoder alone. Beside what was measured stands what the bytes explain that it touches (touched_bytes.py):
+a fixed time and one bandwidth for each curve.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import FRAME_SIZE, bank_around, results_folder, say, vit_b16
+from common import FRAME_SIZE, bank_around, end_with, result_file, results_folder, say, vit_b16
 from numpy.typing import NDArray
 from packages import (
     bare_encoder,
@@ -32,9 +31,10 @@ from packages import (
     tokens_of,
     vit_package,
 )
-from scaling_page import draw
+from scaling_page import draw, in_markdown
 from touched_bytes import (
     Cut,
+    Fit,
     all_channel_pixels,
     contending_pixels,
     fitted,
@@ -97,7 +97,7 @@ class Point:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=results_folder() / "scaling.json")
+    parser.add_argument("--out", type=result_file, default=results_folder() / "scaling.json")
     parser.add_argument("--only", default=",".join(DIMENSIONS), help="comma-separated names of curves")
     options = parser.parse_args(arguments)
     names = [name.strip() for name in options.only.split(",")]
@@ -110,6 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     document = {"schema": SCHEMA, **provenance(["python", "benchmarks/scaling.py", *flags]), "curves": curves}
     write_atomically(options.out, as_bytes(document))
     draw(document, options.out.with_suffix(".png"))
+    print(in_markdown(document))
     print(f"written: {options.out}", file=sys.stderr)
 
 
@@ -128,17 +129,20 @@ def curve_of(name: str, points: Sequence[Point]) -> dict[str, Any]:
     return {
         **what,
         "fit": {**asdict(fit), "largest_deviation": worst["deviation"], "at": worst["label"]},
-        "note": in_words(fit.fixed_ms, fit.gb_per_s, outside, worst),
+        "note": in_words(fit, points, worst),
     }
 
 
-def in_words(fixed_ms: float, gb_per_s: float | None, outside: Sequence[float], worst: dict[str, Any]) -> str:
+def in_words(fit: Fit, points: Sequence[Point], worst: dict[str, Any]) -> str:
     """What bytes explain of a curve, and what they do not."""
     end = f"the largest deviation is {worst['deviation']:+.0%}, at {worst['label']}"
-    if gb_per_s is None:
-        return f"the same {fixed_ms:.2f} ms everywhere, whatever is touched; {end}"
-    fixed = f"{fixed_ms:.2f} ms of each point don't depend on its bytes, {fixed_ms / max(outside):.0%} of the largest"
-    return f"{fixed}; the rest passes at {gb_per_s:.1f} GB/s; {end}"
+    if fit.gb_per_s is None:
+        same = len({point.bytes for point in points}) == 1
+        why = "every point touches the same bytes" if same else "whatever is touched"
+        return f"the same {fit.fixed_ms:.2f} ms everywhere, {why}; {end}"
+    share = fit.fixed_ms / max(point.outside_ms.median for point in points)
+    fixed = f"{fit.fixed_ms:.2f} ms of each point don't depend on its bytes, {share:.0%} of the largest"
+    return f"{fixed}; the rest passes at {fit.gb_per_s:.1f} GB/s; {end}"
 
 
 def timed(inspect: Callable[[], Inspection], encode: Callable[[], object]) -> tuple[Spread, Spread, Spread, int]:
@@ -322,4 +326,4 @@ def belt_frame(size: tuple[int, int]) -> NDArray[np.uint8]:
 
 
 if __name__ == "__main__":
-    main()
+    end_with(main)

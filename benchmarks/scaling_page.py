@@ -1,4 +1,4 @@
-"""The figure of scaling.py: one panel for each curve."""
+"""The figure of scaling.py, one panel for each curve, and its table, one row for each."""
 
 from __future__ import annotations
 
@@ -40,6 +40,19 @@ def draw(document: Mapping[str, Any], path: Path) -> Path:
     content = io.BytesIO()
     figure.savefig(content, dpi=100, format="png")
     return write_atomically(path, content.getvalue())
+
+
+def in_markdown(document: Mapping[str, Any]) -> str:
+    """What was fitted to each curve, to be read by people."""
+    lines = ["| curve | fixed, ms | the rest passes at | largest deviation |", "|---|--:|--:|--:|"]
+    for name, curve in document["curves"].items():
+        fit, cells = curve["fit"], ["-", "-", "-"]
+        if fit:
+            bandwidth = f"{fit['gb_per_s']:.1f} GB/s" if fit["gb_per_s"] else "-"
+            apart = f"{100 * fit['largest_deviation']:+.0f} % at {fit['at']}"
+            cells = [f"{fit['fixed_ms']:.2f}", bandwidth, apart]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _panel(axis: Any, name: str, curve: Mapping[str, Any]) -> None:

@@ -11,8 +11,6 @@ that a machine that slows down slows both.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
 import statistics
 import subprocess
@@ -24,17 +22,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import DEMO_RECIPE, FRAME_SIZE, released, resident_mb, results_folder, say, vit_b16
+from common import DEMO_RECIPE, FRAME_SIZE, end_with, released, resident_mb, result_file, results_folder, say, vit_b16
 from numpy.typing import NDArray
 from usual import Usual
 
 from dapo_edge import Inspector, build
 from dapo_edge.backends.openvino import OpenVinoBackend
 from dapo_edge.bench import percentiles
+from dapo_edge.bench.provenance import provenance
 from dapo_edge.config import load_recipe
 from dapo_edge.data.belt import Belt
 from dapo_edge.data.surfaces import make_surface
-from dapo_edge.device import as_json, this_device
+from dapo_edge.files import as_bytes, write_atomically
 from dapo_edge.models.eager import EagerBackend
 from dapo_edge.package import EnginePackage, Threshold, Thresholds
 from dapo_edge.prompt_bank import PromptBank
@@ -44,8 +43,7 @@ WARM, EAGER_FRAMES, OUR_FRAMES = 3, 5, 15
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    device = this_device()
-    parser.add_argument("--out", type=Path, default=results_folder() / "spine.json")
+    parser.add_argument("--out", type=result_file, default=results_folder() / "spine.json")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--full-size", action="store_true")
     arguments = parser.parse_args()
@@ -54,9 +52,7 @@ def main() -> None:
         vit = build(vit_b16(), Path(scratch) / "vit-b16.dapo")
         result = {
             "schema": "dapo-edge spine 1",
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "command": f"python benchmarks/spine.py --rounds {arguments.rounds}{' --full-size' * arguments.full_size}",
-            "device": as_json(device),
+            **provenance(sys.argv),
             "start_up": say("start-up", start_up(demo)),
             "parity": say("parity", {"surface-tiny": parity(demo, 8), "ViT-B-16": parity(vit, 8)}),
             "vit_b16_224_1080p": say("ViT-B/16", against_eager(vit, arguments.rounds)),
@@ -66,8 +62,7 @@ def main() -> None:
         if arguments.full_size:
             full_size = build(released(), Path(scratch) / "released.dapo")
             result["parity"]["ViT-L-14-336-quickgelu at 518 px"] = say("full size", parity(full_size, 1))
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_atomically(arguments.out, as_bytes(result))
     print(f"written: {arguments.out}", file=sys.stderr)
 
 
@@ -220,4 +215,4 @@ def _median(measure: Callable[[], float], times: int = 5) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    end_with(main)

@@ -21,9 +21,8 @@ PILLOW_PIXEL = 3 + 4 + 4  # read, written with a fourth byte, read by the reduct
 LOGIT_PASSES = 15  # product, transposed copy, division, softmax in place, mean over layers
 ANOMALY_PASSES = 9  # product, complement and clip in place, lowest value, score, highest value
 TYPE_PASSES = 2
-CHANNEL_BYTES = (
-    7 * FLOAT + 5
-)  # of each pixel of a channel that contends: product, peak, comparison, best so far, winner
+# Of each pixel of a channel that contends: product, peak, comparison, best so far, winner.
+CHANNEL_BYTES = 7 * FLOAT + 5
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ EXTRA_OF_MODULE = {
     "jinja2": "report",  # and build, which contains it
     "matplotlib": "report",
     "onnx": "build",  # and gpu, where a device compiles
+    "onnxruntime": "peers",
     "open_clip": "build",
     "torch": "build",
     "torchvision": "build",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import guard
 import guard_metrics
 from guard import Committed, against, band_of, committed_in, in_words
-from guard_metrics import Metric, Reading, read, slowed, timed, together
+from guard_metrics import Metric, Reading, Watched, read, slowed, timed, together
 
 
 @pytest.fixture
@@ -29,19 +30,20 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float]]:
     ratios = {"inspect": [1.5], "map": [0.5]}
     visits = dict.fromkeys(ratios, 0)
 
-    def metric(name: str) -> Any:
+    def metric(name: str, of_each: int) -> Watched:
         @contextlib.contextmanager
         def opened(plant: float) -> Iterator[Metric]:
             """What it is."""
             visits[name] += 1
             ratio = ratios[name][0]
-            if visits[name] % guard.VISITS == 0 and len(ratios[name]) > 1:
+            if visits[name] % of_each == 0 and len(ratios[name]) > 1:
                 ratios[name].pop(0)
             yield Metric(lambda: 10 * ratio * (1 + plant), lambda: 10.0, 4)
 
-        return opened
+        return Watched(opened, of_each)
 
-    monkeypatch.setattr(guard, "METRICS", {name: metric(name) for name in ratios})
+    monkeypatch.setattr(guard, "METRICS", {"inspect": metric("inspect", 2), "map": metric("map", 3)})
+    monkeypatch.setattr(guard, "visited_alone", guard.visited)
     return ratios
 
 
@@ -49,19 +51,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float]]:
 def file(tmp_path: Path, machine: dict[str, list[float]]) -> Path:
     """The committed file of that machine."""
     path = tmp_path / "guard.json"
-    assert guard.written(path, in_process) == 0
+    assert guard.written(path) == 0
     return path
-
-
-def in_process(path: Path, plant: float) -> dict[str, Any]:
-    """A run of the guard, without the process around it."""
-    readings = guard.measured(list(guard.METRICS), plant)
-    ratios = {name: reading.ratio for name, reading in readings.items()}
-    findings = against(committed_in(path) or {}, ratios, lambda name: guard.measured([name], plant)[name].ratio)
-    return {
-        "readings": {name: vars(reading) for name, reading in readings.items()},
-        "findings": [{"name": finding.name, "verdict": finding.verdict} for finding in findings],
-    }
 
 
 def test_the_file_says_what_was_measured_and_how(file: Path) -> None:
@@ -140,7 +131,7 @@ def test_other_versions_are_told(file: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_the_self_test_writes_what_it_found(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert guard.self_tested(file, in_process) == 0
+    assert guard.self_tested(file) == 0
     outcome = json.loads(file.read_text())["self_test"]
     assert outcome["caught"] == ["inspect", "map"]
     assert (outcome["missed"], outcome["clean_runs"], outcome["clean_runs_flagged"]) == ([], 10, 0)
@@ -148,14 +139,15 @@ def test_the_self_test_writes_what_it_found(file: Path, capsys: pytest.CaptureFi
     assert guard.main(["--out", str(file)]) == 0
 
 
-def test_the_self_test_fails_where_the_guard_sleeps(file: Path) -> None:
-    assert guard.self_tested(file, lambda path, plant: in_process(path, 0.0)) == 1
+def test_the_self_test_fails_where_the_guard_sleeps(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "visited_alone", lambda names, plant: guard.visited(names, 0.0))
+    assert guard.self_tested(file) == 1
     assert json.loads(file.read_text())["self_test"]["missed"] == ["inspect", "map"]
 
 
 def test_the_self_test_fails_where_the_guard_cries_wolf(file: Path, machine: dict[str, list[float]]) -> None:
     machine["map"] = [0.6]
-    assert guard.self_tested(file, in_process) == 1
+    assert guard.self_tested(file) == 1
     outcome = json.loads(file.read_text())["self_test"]
     assert (outcome["clean_runs_flagged"], outcome["flagged"]) == (10, ["map"])
 
@@ -165,7 +157,7 @@ def test_a_noisy_metric_is_not_written(
 ) -> None:
     machine["map"] = [0.5, 0.53, 0.47, 0.5]
     with pytest.raises(BackendError, match=r"'map' moves by 4\.9% \(standard deviation\) from run to run"):
-        guard.written(tmp_path / "guard.json", in_process)
+        guard.written(tmp_path / "guard.json")
     assert not list(tmp_path.iterdir())
 
 
@@ -197,7 +189,7 @@ def test_a_metric_that_the_file_lacks_is_refused(file: Path, monkeypatch: pytest
 
 def test_a_self_test_without_a_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"Write it first: python benchmarks/guard\.py --write"):
-        guard.self_tested(tmp_path / "guard.json", in_process)
+        guard.self_tested(tmp_path / "guard.json")
 
 
 @pytest.mark.parametrize("arguments", [["--plant", "-0.1"], ["--plant", "x"], ["--plant", "0.1", "--write"]])
@@ -207,11 +199,19 @@ def test_impossible_arguments(arguments: list[str]) -> None:
     assert error.value.code == 2
 
 
-def test_a_run_that_breaks_off_is_told(tmp_path: Path) -> None:
-    broken = tmp_path / "guard.json"
-    broken.write_text("{")
-    with pytest.raises(BackendError, match=r"a run broke off \(exit code 2\)"):
-        guard.run_alone(broken, 0.0)
+def test_a_visit_that_breaks_off_is_told() -> None:
+    with pytest.raises(BackendError, match=r"a visit broke off \(exit code 2\)"):
+        guard.visited_alone(["no such metric"], 0.0)
+
+
+def test_a_visit_is_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The real one, of a metric that takes no package."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "sitecustomize.py").write_text("import os\nprint(os.getpid(), file=open(os.environ['SEEN'], 'w'))\n")
+    monkeypatch.setenv("SEEN", str(tmp_path / "pid"))
+    readings = guard.visited_alone(["preprocess 720p"], 0.1)
+    assert readings["preprocess 720p"].ratio > 0
+    assert int((tmp_path / "pid").read_text()) != os.getpid()
 
 
 def test_pairs_cancel_what_both_sides_feel() -> None:
@@ -248,8 +248,9 @@ def test_a_slowed_call_does_its_work_and_takes_longer() -> None:
     assert timed(lambda: time.sleep(0.005), times=3)() >= 15
 
 
-def test_words_name_old_new_and_band() -> None:
-    (finding,) = against({"map": Committed(2.0, 0.06)}, {"map": 2.5}, lambda name: 2.4)
+def test_words_name_old_new_and_band(machine: dict[str, list[float]]) -> None:
+    machine["map"] = [2.4]
+    (finding,) = against({"map": Committed(2.0, 0.06)}, {"map": Reading(2.5, 0, 1, 1)}, 0.0)
     assert in_words(finding) == "map: 2.000 -> 2.400 (+20.0%, band 6.0%), SLOWER, measured 4 times"
 
 
@@ -262,4 +263,4 @@ def test_every_metric_measures_both_sides(demo: EnginePackage, monkeypatch: pyte
         with opened(0.0) as metric, opened(0.1) as planted:
             assert metric.ours() > 0 and metric.yardstick() > 0 and metric.pairs >= 3
             assert planted.ours() > 0
-        assert opened.__doc__ in {metric.__doc__ for metric in guard_metrics.METRICS.values()}
+        assert opened in [watched.opened for watched in guard_metrics.METRICS.values()]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dapo_edge.errors import RecipeError
+from dapo_edge.errors import BackendError, RecipeError
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -32,16 +32,16 @@ def test_differences_are_shares_of_what_the_maps_span() -> None:
     inside = difference(found, expected, border=1)
     assert (inside.max_difference, inside.mean_difference, inside.type_agreement) == (0, 0, 1)
     assert difference({"anomaly": found["anomaly"]}, expected).type_agreement is None
-    with pytest.raises(ValueError, match="can't be compared"):
+    with pytest.raises(BackendError, match="can't be compared"):
         difference({"anomaly": np.zeros((1, 4, 4))}, expected)
-    with pytest.raises(ValueError, match="flat maps agree with anything"):
+    with pytest.raises(BackendError, match="flat maps agree with anything"):
         difference(found, {"anomaly": np.zeros((2, 4, 4))})
 
 
 def test_bounds_are_of_a_precision() -> None:
     assert bound_of("int8+bf16") == bound_of("int8") != bound_of("fp32")
     assert bound_of("bf16") == bound_of("fp16")
-    with pytest.raises(KeyError):
+    with pytest.raises(BackendError, match="runs as fp4, for which there is no bound"):
         bound_of("fp4")
     bound = bound_of("fp32")
     assert Difference(bound.max_difference, bound.mean_difference, bound.type_agreement, 1).within(bound)
@@ -87,6 +87,9 @@ def rows_with(**medians: float | None) -> dict[str, dict[str, Any]]:
 ALL = {
     "eager_fp32": 45.0,
     "eager_bf16": None,
+    "compile_fp32": 44.0,
+    "compile_bf16": 20.0,
+    "ort_fp32": 30.0,
     "ort_int8_qdq": 30.0,
     "ort_int8_dynamic": 13.0,
     "openvino": 14.0,
@@ -109,6 +112,24 @@ def test_claims_are_against_the_best_that_computes_the_same() -> None:
     assert [claim["holds"] for claim in claims({}, ASKED)] == [None] * 3
 
 
+def test_who_was_not_timed_might_have_been_the_best() -> None:
+    rows = rows_with(**{**ALL, "ort_int8_dynamic": 16.0})
+    assert [claim["holds"] for claim in claims(rows, ASKED)] == [True, True, True]
+    del rows["ort-int8-dynamic"]
+    rows["compile-fp32"] = {"status": "missing", "reason": "no compiler"}
+    found = {claim["over"]: claim for claim in claims(rows, ASKED)}
+    assert found["eager-fp32"]["not_timed"] == []
+    assert found["ort-int8"]["not_timed"] == ["ort-int8-dynamic"]
+    assert found["best"]["not_timed"] == ["compile-fp32", "ort-int8-dynamic"]
+    assert [found[over]["holds"] for over in ASKED] == [True, None, None]
+    too_slow = claims(rows, {**ASKED, "ort-int8": 3.1})
+    assert too_slow[1]["holds"] is False, "another one could only be worse for us"
+    lines = table({"configurations": {"b16-224": {**configuration_of(rows), "claims": list(found.values())}}})
+    assert "over ONNX Runtime INT8, our Q/DQ encoder: 3.00x (asked: 1.4x). Not timed: ONNX Runtime INT8, qu" in lines
+    assert "over the best peer that was timed, OpenVINO, compile_model: 1.40x" in lines
+    assert "Not timed: torch.compile FP32; ONNX Runtime INT8, quantize_dynamic." in lines
+
+
 def configuration_of(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {"date": "2026-11-21T00:00:00", "defect_types": 18, "contenders": rows, "claims": claims(rows, ASKED)}
 
@@ -116,7 +137,7 @@ def configuration_of(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def test_the_table_shows_everyone() -> None:
     rows = rows_with(**ALL)
     rows["cuda-graph"] = {"status": "not measured yet: no GPU"}
-    rows["ort-fp32"] = {"status": "missing", "reason": "no module | named onnxruntime"}
+    rows["anomalib-winclip"] = {"status": "missing", "reason": "no module | named anomalib"}
     lines = table({"configurations": {"b16-224": configuration_of(rows)}}).splitlines()
     assert lines[0] == "**ViT-B/16 at 224 px**, 18 defect types, 2026-11-21"
     body = [line for line in lines if line.startswith("|")]
@@ -125,7 +146,7 @@ def test_the_table_shows_everyone() -> None:
     assert "| torch eager FP32 | fp32 | 45.0 | 45.0 | 45.0 to 45.0 | 45.0 | 4.50x (1.00 to 9.00) |" in lines[4]
     assert any("torch eager BF16 | fp32 | wrong | -" in line and "50.00 %, 10.000 % | 70.0 %" in line for line in body)
     assert any("CUDA graph | - | not measured yet: no GPU |" in line for line in body)
-    assert any("missing: no module / named onnxruntime" in line for line in body)
+    assert any("missing: no module / named anomalib" in line for line in body)
     assert "- dapo-edge INT8 over torch eager FP32: 4.50x (asked: 4x). Holds." in lines
     assert any("ONNX Runtime, ONNX" in line and "**Does not hold.**" in line for line in lines)
 

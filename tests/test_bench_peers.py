@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import sys
@@ -134,6 +135,20 @@ def test_contenders_compute_what_eager_torch_does(
     assert np.ptp(expected["anomaly"]) > 0.1, "flat maps agree with anything"
 
 
+@pytest.mark.parametrize(("loader", "threads"), [("onnxruntime", 1), ("openvino", 1), ("eager", 2)])
+@pytest.mark.usefixtures("one_thread")
+def test_torch_is_not_in_the_way_of_another_runtime_s_threads(
+    loader: str, threads: int, spec_for: Callable[..., Spec]
+) -> None:
+    """Two pools of as many threads as cores spin against each other, and the peer looks slower than it is."""
+    if loader == "onnxruntime":
+        pytest.importorskip("onnxruntime", reason="pip install 'dapo-edge[peers]'")
+    torch.set_num_threads(2)
+    loaded = getattr(peer_models, loader)(dataclasses.replace(spec_for(""), threads=2))
+    assert torch.get_num_threads() == threads
+    assert (peer_models.AROUND in loaded.notes) == (threads == 1)
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_what_a_machine_or_package_lacks_is_said(spec_for: Callable[..., Spec]) -> None:
     with pytest.raises(RecipeError, match="no INT8 encoder"):
@@ -179,10 +194,8 @@ def test_a_worker_answers_until_its_input_ends(
 def test_a_worker_says_what_it_can_t_do(
     request_line: str, reason: str, monkeypatch: pytest.MonkeyPatch, spec_for: Callable[..., Spec]
 ) -> None:
-    loader, replies = (
-        loader_module(monkeypatch, lambda spec: Loaded(lambda frame: (frame, None), "fp32")),
-        io.StringIO(),
-    )
+    loader = loader_module(monkeypatch, lambda spec: Loaded(lambda frame: (frame, None), "fp32"))
+    replies = io.StringIO()
     assert peer_worker.serve(spec_for(loader), io.StringIO(f"{request_line}\n"), replies) == 1
     assert reason in json.loads(replies.getvalue().splitlines()[-1])["error"]
 
@@ -195,6 +208,7 @@ def test_a_process_that_fails_dies_or_hangs_has_a_reason(
         "def fails(spec): raise MemoryError('no room')\n"
         "def dies(spec): print('shot', file=sys.stderr, flush=True); os._exit(9)\n"
         "def hangs(spec): time.sleep(60)\n"
+        "def breaks_off(spec): os.write(3, b'{\"runs_as\": '); os._exit(7)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(peer_process, "END_S", 0.2)
@@ -202,6 +216,7 @@ def test_a_process_that_fails_dies_or_hangs_has_a_reason(
         ("fails", 60, "MemoryError: no room"),
         ("dies", 60, r"ended \(status 9\): shot"),
         ("hangs", 1, "no answer within 1 s"),
+        ("breaks_off", 60, r"ended \(status 7\): it said nothing"),
     ):
         with pytest.raises(BackendError, match=reason):
             peer_process.Process(sys.executable, spec_for(f"broken:{function}"), tmp_path / "log", load_s=seconds)
@@ -216,6 +231,8 @@ class FakeProcess:
     asked: list[str]
     made: list[str]
     maps: dict[str, float]  # by loader and precision, what its maps are off by; beyond 1: it can't be loaded
+    about_of: dict[str, str]  # what it says that it runs as, where that is none of its precisions
+    side: dict[str, int]  # of its maps, where that is another one
     breaks: str | None
 
     def __init__(self, python: str, spec: Spec, log: Path) -> None:
@@ -225,12 +242,13 @@ class FakeProcess:
             raise BackendError("it is not installed", "Install it")
         kind = CONTENDERS[self.name].precision.partition("-")[0]
         runs_as = kind if kind in ("fp32", "bf16", "fp16", "int8") else "bf16"
-        self.about = {"runs_as": runs_as, "versions": {}, "notes": []}
+        self.about = {"runs_as": self.about_of.get(self.name, runs_as), "versions": {}, "notes": []}
         self.cpu_s = 0.0
 
     def ask(self, *, do: str, out: str = "", warm: int = 0, frames: int = 0) -> dict[str, Any]:
         if do == "check":
-            anomaly = np.tile(np.linspace(0, 1, 8), (4, 8, 1)) + self.maps.get(self.name, 0)
+            side = self.side.get(self.name, 8)
+            anomaly = np.tile(np.linspace(0, 1, side), (4, side, 1)) + self.maps.get(self.name, 0)
             np.savez(out, anomaly=anomaly, types=np.zeros((4, 8, 8), np.uint8), reference=anomaly[:1])
             return {"ms": 10.0}
         FakeProcess.asked.append(self.name)
@@ -251,6 +269,7 @@ def stage(package: EnginePackage, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(peers, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(peers, "available_mb", lambda: 1e6)
     FakeProcess.asked, FakeProcess.made, FakeProcess.maps, FakeProcess.breaks = [], [], {}, None
+    FakeProcess.about_of, FakeProcess.side = {}, {}
     return peers.Stage(package, tmp_path, peers.Options(rounds=3, budget_s=0.08, anomalib_python=None))
 
 
@@ -280,6 +299,22 @@ def test_who_is_wrong_is_not_timed(stage: peers.Stage) -> None:
     assert stage.rows["compile-fp32"]["reason"] == "it is not installed"
     assert stage.rows["anomalib-winclip"]["reason"] == "anomalib is not installed here"
     assert stage.rows["ort-fp32"]["difference"]["max_difference"] == pytest.approx(0.05)
+
+
+def test_maps_that_can_t_be_compared_stop_nobody_else(stage: peers.Stage) -> None:
+    FakeProcess.side, FakeProcess.about_of = {"ort-fp32": 9}, {"openvino": "fp4"}
+    stage.measure(["eager-fp32", "ort-fp32", "openvino", "ours-int8"])
+    assert "(4, 9, 9) can't be compared with (4, 8, 8)" in stage.rows["ort-fp32"]["reason"]
+    assert stage.rows["openvino"]["reason"] == "it runs as fp4, for which there is no bound"
+    assert {name for one in stage.rounds for name in one} == {"eager-fp32", "ours-int8"}
+
+
+def test_without_the_reference_nobody_is_right(stage: peers.Stage) -> None:
+    FakeProcess.maps = {"eager-fp32": 2}
+    stage.measure(["eager-fp32", "ours-int8"])
+    assert {row["status"] for row in stage.rows.values()} == {"missing"}
+    assert "torch in FP32 failed" in stage.rows["ours-int8"]["reason"]
+    assert not FakeProcess.asked
 
 
 def test_short_memory_makes_groups_that_can_be_compared(stage: peers.Stage, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -189,6 +189,12 @@ def test_a_configuration_is_described_and_tabled(package: EnginePackage, monkeyp
     assert json.loads(json.dumps(entry)) == entry
 
 
+def test_the_page_has_the_tables_that_were_measured() -> None:
+    folder = Path(roofline.__file__).parent
+    document = json.loads((folder / "results/amd-epyc-2-cores/roofline.json").read_text(encoding="utf-8"))
+    assert in_markdown(document) in (folder / "README.md").read_text(encoding="utf-8")
+
+
 def test_another_file_is_not_counted() -> None:
     with pytest.raises(BackendError, match="not an ONNX file"):
         count(b"no encoder")

@@ -25,6 +25,7 @@ import scaling
 import touched_bytes
 from common import bank_around
 from scaling import Point, Spread, curve_of
+from scaling_page import in_markdown
 from touched_bytes import Cut, Fit, all_channel_pixels, contending_pixels, fitted, map_bytes
 
 SPEC = MapSpec(image_size=96, grid=(6, 6), temperature=0.07, align_corners=True, smoothing_px=2, score="max")
@@ -140,6 +141,36 @@ def test_a_fixed_time_is_never_negative() -> None:
     assert fit.fixed_ms == 0
     assert fit.gb_per_s and 4 < fit.gb_per_s < 11
     assert Fit(1.0, 10.0).ms(20e6) == pytest.approx(3.0)
+
+
+def test_curves_that_all_touch_the_same_are_not_explained_by_it() -> None:
+    same = curve_of("cameras", points([3.0, 3.1, 2.9], [5_000_000] * 3))
+    assert "every point touches the same bytes" in same["note"]
+    falling = curve_of("tiles", points([3.0, 2.9], [5_000_000, 6_000_000]))
+    assert "whatever is touched" in falling["note"]
+
+
+def test_every_curve_has_a_row() -> None:
+    touched = [10_000_000, 50_000_000]
+    curves = {
+        "tiles": curve_of("tiles", points([3.0, 7.0], touched)),
+        "cameras": curve_of("cameras", points([3.0, 3.0], touched[:1] * 2)),
+        "map size": curve_of("map size", points([-1.0, 3.0], touched)),
+    }
+    rows = in_markdown({"curves": curves}).splitlines()[2:]
+    assert rows[0].startswith("| tiles | 2.00 | 10.0 GB/s | ")
+    assert rows[1].startswith("| cameras | 3.00 | - | ")
+    assert rows[2] == "| map size | - | - | - |"
+
+
+def test_the_page_has_the_table_that_was_measured() -> None:
+    folder = Path(scaling.__file__).parent
+    document = json.loads((folder / "results/amd-epyc-2-cores/scaling.json").read_text(encoding="utf-8"))
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    assert in_markdown(document) in page
+    of_types = [point["outside_ms"]["median"] for point in document["curves"]["defect types"]["points"]]
+    assert f"64 types cost {of_types[-1] / of_types[0]:.1f} times as much as one" in page
+    assert f"{document['curves']['cameras']['fit']['fixed_ms']:.1f} ms of the machine for each" in page
 
 
 def test_points_at_their_encoders_own_time_are_told() -> None:

@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU: the embedded default. Pillow resizes, the compiled model does the rest of the preprocessing."""
+"""OpenVINO on the CPU: the embedded default. The host resizes, the compiled model does the rest of preprocessing."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ _IDLE, _IOWAIT, _GUEST = 3, 4, 8  # columns of /proc/stat; guests' time is count
 
 
 class Bystanders:
-    """Processor time of everybody but this process, from the moment it is made."""
+    """Processor time of everybody but this process and the children that it waited for, from when it is made."""
 
     def __init__(self, root: Path = Path("/")) -> None:
         self._path = root / "proc" / "stat"
@@ -40,4 +40,6 @@ class Bystanders:
         except (OSError, ValueError, IndexError) as error:
             self._problem = in_words(error)
             return 0.0, time.monotonic()
-        return busy / os.sysconf("SC_CLK_TCK") - time.process_time(), time.monotonic()
+        own = os.times()
+        own_s = own.user + own.system + own.children_user + own.children_system
+        return busy / os.sysconf("SC_CLK_TCK") - own_s, time.monotonic()

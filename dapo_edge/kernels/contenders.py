@@ -14,7 +14,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from dapo_edge.kernels.resample import TapTable
+from dapo_edge.kernels.resample import Span, TapTable, spans
 
 FloatArray = NDArray[np.float32]
 
@@ -23,23 +23,6 @@ _SAMPLES_PER_PATCH = 5
 _SMALLEST_STEP = 8  # pixels between samples; closer ones cost more than they save
 _SMALLEST_PATCH = 3 * _SMALLEST_STEP  # pixels of the map; with fewer samples on a patch the bounds are too wide
 _ROUNDING = np.float32(1e-5)  # many times what float32 products of probabilities are off by
-
-
-@dataclass(frozen=True)
-class Span:
-    """Part of a map's axis, and the patches it is made of."""
-
-    made: slice
-    read: slice
-
-
-def spans(table: TapTable, starts: list[int]) -> list[Span]:
-    """The axis cut before each of `starts`, the first of which is 0."""
-    found = []
-    for start, end in zip(starts, [*starts[1:], table.size_out], strict=True):
-        first = table.starts[start:end]  # starts never fall: see `resample`
-        found.append(Span(slice(start, end), slice(int(first[0]), int(first[-1]) + table.taps)))
-    return found
 
 
 @dataclass(frozen=True, eq=False)

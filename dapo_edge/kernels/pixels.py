@@ -20,6 +20,7 @@ FloatArray = NDArray[np.float32]
 # In the order of `Format` in preprocess.cu. BayerRG8 is GenICam's name: red at the top left, then green.
 PixelFormat = Literal["BGR8", "RGB8", "GRAY8", "BayerRG8", "NV12"]
 FORMATS: tuple[PixelFormat, ...] = get_args(PixelFormat)
+_HALF = np.float32(0.5 + 2**-16)  # float sums may leave a half a little below itself
 _PATTERNS = (("RGGB", "GRBG"), ("GBRG", "BGGR"))  # that begin on an even or odd row and column of RGGB
 _BYTES_PER_PIXEL = {"BGR8": 3, "RGB8": 3, "GRAY8": 1, "BayerRG8": 1, "NV12": 1}
 
@@ -223,10 +224,17 @@ def preprocess(
     """The encoder's input [3, S, S] float32: reduced, columns, rows, each rounded to bytes as in Pillow, normalised."""
     rows, columns = pillow_bicubic(rgb.shape[0], size), pillow_bicubic(rgb.shape[1], size)
     pixels = reduce_boxes(rgb, rows.factor, columns.factor).astype(np.float32)
-    narrow = np.clip(np.rint(columns.table.apply(pixels, axis=1)), 0, 255)
-    small = np.clip(np.rint(rows.table.apply(narrow, axis=0)), 0, 255)
+    narrow = to_levels(columns.table.apply(pixels, axis=1))
+    small = to_levels(rows.table.apply(narrow, axis=0))
     normalised = (small / 255 - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
     return np.ascontiguousarray(normalised.transpose(2, 0, 1), np.float32)
+
+
+def to_levels(values: FloatArray) -> FloatArray:
+    """Rounded to whole numbers from 0 to 255, halves up as in Pillow; written over the input."""
+    values += _HALF
+    np.floor(values, out=values)
+    return np.clip(values, 0, 255, out=values)
 
 
 def reduce_boxes(rgb: Bytes, down: int, across: int) -> Bytes:

@@ -105,7 +105,9 @@ __device__ __forceinline__ unsigned read_box(const View& view, int x, int y) {
     return pack((red + half) * reciprocal >> 24, (green + half) * reciprocal >> 24, (blue + half) * reciprocal >> 24);
 }
 
-__device__ __forceinline__ int round_to_byte(float value) { return to_byte(__float2int_rn(value)); }
+// Halves go up, as in Pillow. Float sums may leave one a little below itself.
+constexpr float HALF = 0.5f + 1.0f / 65536;
+__device__ __forceinline__ int round_to_byte(float value) { return to_byte(__float2int_rd(value + HALF)); }
 
 // One strip of columns resampled: `taps` pixels of a row of the strip become one.
 __device__ __forceinline__ unsigned resample_column(const unsigned* pixels, const float* weights, int taps) {

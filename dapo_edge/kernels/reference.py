@@ -14,9 +14,9 @@ from typing import get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from dapo_edge.kernels.contenders import Span, contenders, is_worth_it, spans
+from dapo_edge.kernels.contenders import contenders, is_worth_it
 from dapo_edge.kernels.map_spec import ScoreRule
-from dapo_edge.kernels.resample import TapTable
+from dapo_edge.kernels.resample import TapTable, parts
 
 FloatArray = NDArray[np.float32]
 TypeArray = NDArray[np.uint8]
@@ -227,7 +227,7 @@ def _every_channel(
     a_y, a_x = rows.dense(), columns.dense()
     peaks = np.zeros(len(probs), np.float32)
     across = min(_PART_COLUMNS, columns.size_out)
-    for down, right in product(_parts(rows, max(1, _BLOCK_BYTES // (4 * across))), _parts(columns, across)):
+    for down, right in product(parts(rows, max(1, _BLOCK_BYTES // (4 * across))), parts(columns, across)):
         block = (down.made, right.made)
         tall: FloatArray = a_y[down.made, down.read] @ probs[:, down.read, right.read]  # [K+1, step, w]
         weights = a_x[right.made, right.read].T
@@ -286,17 +286,13 @@ def _contested(
 def _write_anomaly(normal: FloatArray, rows: TapTable, columns: TapTable, anomaly: FloatArray) -> None:
     """`anomaly_map` of a normal channel [h, w] into [H, W]: in parts, each from the few patches with weight there."""
     a_y, a_x = rows.dense(), columns.dense()
-    right = _parts(columns, _PART_COLUMNS)
-    for down in _parts(rows, _PART_ROWS):
+    right = parts(columns, _PART_COLUMNS)
+    for down in parts(rows, _PART_ROWS):
         tall = a_y[down.made, down.read] @ normal[down.read]  # [step, w]
         part = anomaly[down.made]
         for across in right:
             np.matmul(tall[:, across.read], a_x[across.made, across.read].T, out=part[:, across.made])
         _complement(part)
-
-
-def _parts(table: TapTable, step: int) -> list[Span]:
-    return spans(table, list(range(0, table.size_out, step)))
 
 
 def _running_argmax(share: FloatArray, chosen: NDArray[np.intp], types: TypeArray) -> None:

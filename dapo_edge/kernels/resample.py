@@ -18,6 +18,8 @@ FloatArray = NDArray[np.float32]
 
 # What float64 leaves where a weight is zero on paper; real weights are many orders of magnitude above it.
 _NOISE = 1e-12
+_PILLOWS_STEP = 2.0**-22  # of its fixed-point weights for bytes (PRECISION_BITS in Resample.c), which float32 holds
+_BAND = 16  # rows of one product: fewer cost calls, more multiply zeros
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,14 +64,52 @@ class TapTable:
         matrix.setflags(write=False)
         return matrix
 
+    @cached_property
+    def _bands(self) -> list[Span]:
+        return parts(self, _BAND)
+
     def apply(self, array: FloatArray, axis: int) -> FloatArray:
-        """Resample one axis of `array`: its length `size_in` becomes `size_out`. Float32 in and out."""
+        """Resample one axis of `array` [., .] or more: its length `size_in` becomes `size_out`. Float32 in and out."""
         if array.shape[axis] != self.size_in:
             raise ValueError(f"axis {axis} of an array {array.shape} is not of size {self.size_in}")
-        return np.moveaxis(np.tensordot(self.dense(), array, axes=(1, axis)), 0, axis)
+        if axis in (-1, array.ndim - 1):
+            wide = np.empty((*array.shape[:-1], self.size_out), np.float32)
+            for band in self._bands:
+                np.matmul(array[..., band.read], self.dense()[band.made, band.read].T, out=wide[..., band.made])
+            return wide
+        upright = np.moveaxis(array, axis, -2)
+        tall = np.empty((*upright.shape[:-2], self.size_out, upright.shape[-1]), np.float32)
+        for band in self._bands:
+            np.matmul(self.dense()[band.made, band.read], upright[..., band.read, :], out=tall[..., band.made, :])
+        return np.moveaxis(tall, -2, axis)
 
     def __matmul__(self, inner: TapTable) -> TapTable:
         return compose(self, inner)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Part of what a table makes, and the part of its input that this is made of."""
+
+    made: slice
+    read: slice
+
+
+def spans(table: TapTable, starts: Sequence[int]) -> list[Span]:
+    """What a table makes, cut before each of `starts`, the first of which is 0."""
+    found = []
+    for start, end in zip(starts, [*starts[1:], table.size_out], strict=True):
+        first = table.starts[start:end]  # starts never fall
+        found.append(Span(slice(start, end), slice(int(first[0]), int(first[-1]) + table.taps)))
+    return found
+
+
+def parts(table: TapTable, step: int) -> list[Span]:
+    """What a table makes, cut into parts of `step`; the last one may be smaller.
+
+    A product with `dense()[made, read]` leaves out most of a banded matrix' zeros.
+    """
+    return spans(table, range(0, table.size_out, step))
 
 
 def compose(outer: TapTable, inner: TapTable) -> TapTable:
@@ -100,7 +140,7 @@ def bicubic(size_in: int, size_out: int) -> TapTable:
     with the downscale factor, is cut at the borders and normalised. Raises `ValueError` for sizes below 1.
     """
     _check_sizes(size_in, size_out)
-    return _bicubic(size_in, float(size_in), size_out)
+    return _bicubic(size_in, float(size_in), size_out, 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +167,8 @@ def pillow_bicubic(size_in: int, size_out: int, reducing_gap: float = 2.0) -> Re
         raise ValueError(f"reducing_gap must be a number of 1 or more, not {reducing_gap}")
     factor = int(size_in / size_out / reducing_gap) or 1
     # Pillow hands its box over as C floats.
-    return ReducedTable(factor, _bicubic(-(-size_in // factor), float(np.float32(size_in / factor)), size_out))
+    extent = float(np.float32(size_in / factor))
+    return ReducedTable(factor, _bicubic(-(-size_in // factor), extent, size_out, _PILLOWS_STEP))
 
 
 def bilinear(size_in: int, size_out: int, align_corners: bool) -> TapTable:
@@ -218,7 +259,7 @@ def _check_sizes(*sizes: int) -> None:
         raise ValueError(f"sizes and factors must be 1 or more, not {min(sizes)}")
 
 
-def _bicubic(size_in: int, extent: float, size_out: int) -> TapTable:
+def _bicubic(size_in: int, extent: float, size_out: int, step: float) -> TapTable:
     """Bicubic of the part `[0, extent]` of an axis with `size_in` samples."""
     scale = extent / size_out
     stretch = max(scale, 1.0)
@@ -230,13 +271,14 @@ def _bicubic(size_in: int, extent: float, size_out: int) -> TapTable:
     x = np.abs((column - centre[:, None] + 0.5) / stretch)
     weights = np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2)
     weights[(x >= 2) | (column >= end[:, None])] = 0
-    return _pack(first, weights, size_in)
+    return _pack(first, weights, size_in, step)
 
 
-def _pack(starts: NDArray[np.integer], weights: NDArray[np.float64], size_in: int) -> TapTable:
+def _pack(starts: NDArray[np.integer], weights: NDArray[np.float64], size_in: int, step: float = 0) -> TapTable:
     """Normalise the rows, trim them to the widest real support and slide the windows into `[0, size_in)`.
 
-    No window starts before that of the row above: a kernel's tile of rows reads from the first start on.
+    With a `step`, weights become multiples of it. No window starts before that of the row above: a kernel's tile of
+    rows reads from the first start on.
     """
     used = np.abs(weights) > _NOISE  # [size_out, width]
     first = starts + used.argmax(axis=1)
@@ -250,4 +292,6 @@ def _pack(starts: NDArray[np.integer], weights: NDArray[np.float64], size_in: in
     inside = (column >= first[:, None]) & (column <= last[:, None])
     packed = np.where(inside, np.take_along_axis(weights, np.where(inside, source, 0), axis=1), 0)
     packed /= packed.sum(axis=1, keepdims=True)
+    if step:
+        packed = np.rint(packed / step) * step
     return TapTable(packed_starts.astype(np.int32), packed.astype(np.float32), size_in)

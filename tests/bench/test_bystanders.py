@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -23,7 +24,12 @@ def machine(root: Path, **jiffies: int) -> Path:
 def test_a_share_of_all_processors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr("dapo_edge.bench.bystanders.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("dapo_edge.bench.bystanders.time.process_time", lambda: now[0] - 99)
+
+    def times() -> os.times_result:
+        """All of ours together are busy on one processor; what a child took counts once it was waited for."""
+        return os.times_result([(now[0] - 99) / 4] * 4 + [0.0])
+
+    monkeypatch.setattr("dapo_edge.bench.bystanders.os.times", times)
     monkeypatch.setattr("dapo_edge.bench.bystanders.os.cpu_count", lambda: 4)
     monkeypatch.setattr("dapo_edge.bench.bystanders.os.sysconf", lambda name: 100)
     others = Bystanders(machine(tmp_path, user=1000, idle=5000, steal=10))

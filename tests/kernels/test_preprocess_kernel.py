@@ -15,6 +15,7 @@ from PIL import Image
 from dapo_edge.backends.host import resize_view
 from dapo_edge.kernels import pixels
 from dapo_edge.kernels.pixels import FORMATS, PixelFormat, PixelView
+from dapo_edge.kernels.resample import pillow_bicubic
 
 FloatArray = NDArray[np.float32]
 Crop = tuple[int, int, int, int]
@@ -78,7 +79,7 @@ def check(view: PixelView, size: int, found: FloatArray, worst: float = WORST, m
     off = np.abs(levels - grey_levels(defined[None])[0])
     # Sums in another order: what lies between two levels may be rounded to either.
     assert off.max() < 1.001
-    assert (off > 0.5).mean() < 5e-3
+    assert (off > 0.5).mean() < 2e-3
 
 
 @pytest.mark.parametrize(
@@ -117,13 +118,14 @@ def test_full_hd() -> None:
 
 
 @pytest.mark.parametrize(("width", "height", "size"), [(480, 270, 129), (2001, 1003, 64), (30, 20, 64), (900, 600, 32)])
-def test_the_resize_is_pillows_own(width: int, height: int, size: int) -> None:
+def test_the_resize_is_pillows(width: int, height: int, size: int) -> None:
     """One call of Pillow does the same for pictures that are not tall, in every version of it."""
     image = checks(width, height)
     pillow = Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, reducing_gap=2.0)
     difference = np.abs(resize_view(image, size).astype(int) - np.asarray(pillow))
     assert difference.max() <= 1
-    assert difference.mean() <= 1e-3, "halves of large pictures: weights are rounded in two places"
+    boxes = pillow_bicubic(width, size).factor > 1
+    assert difference.mean() <= (0.05 if boxes else 1e-3), "what lies between two levels may go to the other one"
 
 
 def test_every_step_of_sizes() -> None:
