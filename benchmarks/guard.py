@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common import results_folder
+from common import end_with, results_folder
 from guard_metrics import METRICS, Reading, read, together
 
 from dapo_edge.bench.provenance import provenance
@@ -310,4 +310,4 @@ def _share(text: str) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

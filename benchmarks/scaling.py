@@ -97,21 +97,24 @@ class Point:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=result_file, default=results_folder() / "scaling.json")
-    parser.add_argument("--only", default=",".join(DIMENSIONS), help="comma-separated names of curves")
+    parser.add_argument("--out", type=result_file)
+    parser.add_argument("--only", default=",".join(DIMENSIONS), help="comma-separated names of curves; needs --out")
     options = parser.parse_args(arguments)
     names = [name.strip() for name in options.only.split(",")]
     for name in names:
         if name not in DIMENSIONS:
             hint = did_you_mean(name, DIMENSIONS)
             raise RecipeError(f"there is no curve '{name}'", f"{hint}There are {', '.join(DIMENSIONS)}")
+    if options.out is None and names != list(DIMENSIONS):
+        parser.error("--only needs --out: the committed file holds all curves")
+    out = options.out or results_folder() / "scaling.json"
     curves = {name: say(name, curve_of(name, list(DIMENSIONS[name]()))) for name in names}
     flags = [] if names == list(DIMENSIONS) else ["--only", options.only]
     document = {"schema": SCHEMA, **provenance(["python", "benchmarks/scaling.py", *flags]), "curves": curves}
-    write_atomically(options.out, as_bytes(document))
-    draw(document, options.out.with_suffix(".png"))
+    write_atomically(out, as_bytes(document))
+    draw(document, out.with_suffix(".png"))
     print(in_markdown(document))
-    print(f"written: {options.out}", file=sys.stderr)
+    print(f"written: {out}", file=sys.stderr)
 
 
 def curve_of(name: str, points: Sequence[Point]) -> dict[str, Any]:

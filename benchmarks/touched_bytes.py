@@ -17,12 +17,12 @@ from dapo_edge.kernels.resample import TapTable, pillow_bicubic
 
 FLOAT = 4
 # Passes over an array, as `backends.host` and `kernels.reference` make them.
-PILLOW_PIXEL = 3 + 4 + 4  # read, written with a fourth byte, read by the reduction
+LEVELS_PASSES = 8  # product, half added, floor, clip, read again
 LOGIT_PASSES = 15  # product, transposed copy, division, softmax in place, mean over layers
-ANOMALY_PASSES = 9  # product, complement and clip in place, lowest value, score, highest value
+ANOMALY_PASSES = 6  # product, clip in place, lowest value, score, highest value
 TYPE_PASSES = 2
-# Of each pixel of a channel that contends: product, peak, comparison, best so far, winner.
-CHANNEL_BYTES = 7 * FLOAT + 5
+# Of each pixel of a channel that contends: product, comparison, best so far, winner.
+CHANNEL_BYTES = 6 * FLOAT + 5
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,10 @@ def preprocess_bytes(cut: Cut, size: int) -> int:
     across, down = pillow_bicubic(cut.width, size).factor, pillow_bicubic(cut.height, size).factor
     reduced = -(-cut.width // across) * -(-cut.height // down)
     narrow = size * -(-cut.height // down)
-    pixels = PILLOW_PIXEL * cut.width * cut.height + 2 * 4 * (reduced + narrow) + (4 + 3 * 4) * size * size
-    return cut.views * pixels
+    of_frame = 3 * cut.width * cut.height if across * down > 1 else 0
+    of_means = (3 * 4 + 3 * 2 * FLOAT) * reduced  # written, read as planes, written, read, written as floats, read
+    of_levels = 3 * LEVELS_PASSES * FLOAT * (narrow + size * size)
+    return cut.views * (of_frame + of_means + of_levels + 3 * 5 * size * size)
 
 
 def probability_bytes(tokens: Sequence[int], channels: int) -> int:

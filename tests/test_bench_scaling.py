@@ -186,13 +186,16 @@ def test_what_is_no_line_is_refused(touched: list[float], ms: list[float]) -> No
 
 
 def test_bytes_grow_with_what_is_touched() -> None:
-    small, large = Cut(1, 640, 480), Cut(1, 1280, 960)
-    assert touched_bytes.preprocess_bytes(large, 96) > 3 * touched_bytes.preprocess_bytes(small, 96)
-    assert touched_bytes.preprocess_bytes(Cut(3, 640, 480), 96) == 3 * touched_bytes.preprocess_bytes(small, 96)
+    small, large = Cut(1, 192, 192), Cut(1, 384, 384)
+    # Boxes of 2 x 2 leave as many means as the small one has pixels.
+    assert touched_bytes.preprocess_bytes(large, 96) == touched_bytes.preprocess_bytes(small, 96) + 3 * 384 * 384
+    assert touched_bytes.preprocess_bytes(Cut(3, 640, 480), 96) == 3 * touched_bytes.preprocess_bytes(
+        Cut(1, 640, 480), 96
+    )
     assert touched_bytes.preprocess_bytes(Cut(1, 96, 96), 96) == 2 * 3 * 96 * 96
     assert touched_bytes.probability_bytes((2, 4, 36, 48), 5) == 2 * 4 * 36 * 4 * (2 * 48 + 15 * 5)
-    assert map_bytes((10, 20), 0) == 200 * (4 * 9 + 2)
-    assert map_bytes((10, 20), 300) - map_bytes((10, 20), 0) == 300 * 33
+    assert map_bytes((10, 20), 0) == 200 * (4 * 6 + 2)
+    assert map_bytes((10, 20), 300) - map_bytes((10, 20), 0) == 300 * 29
 
 
 def test_channels_that_can_win_nowhere_are_not_counted() -> None:

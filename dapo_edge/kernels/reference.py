@@ -116,7 +116,7 @@ def defect_map(
     if inside is not None:
         anomaly *= inside
         types *= inside
-    peaks[:, 0] = 1 - anomaly.min(axis=(1, 2))
+        peaks[:, 0] = 1 - anomaly.min(axis=(1, 2))
     return Maps(anomaly, types, np.minimum(peaks, 1, out=peaks))
 
 
@@ -255,44 +255,53 @@ def _contested(
     types: TypeArray,  # [H, W], written
 ) -> FloatArray:
     """What `_every_channel` makes, from those channels that can win or reach a new peak in a block."""
-    _write_anomaly(probs[0], rows, columns, anomaly)
+    lowest = _write_anomaly(probs[0], rows, columns, anomaly)
     a_y, a_x = rows.dense(), columns.dense()
     need = contenders(probs, rows, columns, inside)
     peaks = need.reached.copy()
-    peaks[0] = np.inf  # the anomaly map tells
+    peaks[0] = 1 - lowest
+    need.bound[0] = 0  # so nobody looks for a higher one
     alone = need.may_win.sum(axis=0) == 1
     winner = need.may_win.argmax(axis=0)
     for i, down in enumerate(need.down):
         tall: FloatArray = a_y[down.made, down.read] @ probs[:, down.read]  # [K+1, step, w]
         for j, right in enumerate(need.right):
             block = (down.made, right.made)
-            asked = need.bound[:, i, j] > peaks
+            higher = need.bound[:, i, j] > peaks
             if alone[i, j]:
                 types[block] = winner[i, j]
+                chosen = np.flatnonzero(higher)
             else:
-                asked |= need.may_win[:, i, j]
-            chosen = np.flatnonzero(asked)
+                chosen = np.flatnonzero(higher | need.may_win[:, i, j])
             if not len(chosen):
                 continue
             share = _widened(tall[chosen, :, right.read], a_x[right.made, right.read])  # [chosen, step, across]
             if not alone[i, j]:
                 _running_argmax(share, chosen, types[block])
-            if inside is not None:
-                share *= inside[block]
-            peaks[chosen] = np.maximum(peaks[chosen], share.max(axis=(1, 2)))
+            for channel, values in zip(chosen, share, strict=True):
+                if higher[channel]:
+                    highest = values.max() if inside is None else values.max(where=inside[block], initial=0)
+                    peaks[channel] = max(peaks[channel], highest)
     return peaks
 
 
-def _write_anomaly(normal: FloatArray, rows: TapTable, columns: TapTable, anomaly: FloatArray) -> None:
-    """`anomaly_map` of a normal channel [h, w] into [H, W]: in parts, each from the few patches with weight there."""
+def _write_anomaly(normal: FloatArray, rows: TapTable, columns: TapTable, anomaly: FloatArray) -> np.float32:
+    """`anomaly_map` of a normal channel [h, w] into [H, W], and its lowest value.
+
+    In parts, each from the few patches with weight there. Rows of tables sum to 1, so what is left of 1 can be taken
+    before the products, on the small grid.
+    """
     a_y, a_x = rows.dense(), columns.dense()
-    right = parts(columns, _PART_COLUMNS)
+    right, defective = parts(columns, _PART_COLUMNS), 1 - normal
+    lowest = np.float32(1)
     for down in parts(rows, _PART_ROWS):
-        tall = a_y[down.made, down.read] @ normal[down.read]  # [step, w]
+        tall = a_y[down.made, down.read] @ defective[down.read]  # [step, w]
         part = anomaly[down.made]
         for across in right:
             np.matmul(tall[:, across.read], a_x[across.made, across.read].T, out=part[:, across.made])
-        _complement(part)
+        np.clip(part, 0, 1, out=part)
+        lowest = min(lowest, part.min())
+    return lowest
 
 
 def _running_argmax(share: FloatArray, chosen: NDArray[np.intp], types: TypeArray) -> None:

