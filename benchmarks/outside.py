@@ -55,7 +55,12 @@ def main() -> None:
         for precision in ("int8", "fp32"):
             name = f"{large.manifest.backbone} at {large.manifest.image_size} px, {precision.upper()}"
             found[name] = measured(large, precision, frames=FRAMES_OF_A_VIT_L)
-    result = {"schema": "dapo-edge outside 1", **provenance(sys.argv), "shares": found}
+    flags = ["--full-size", arguments.full_size.name] if arguments.full_size else []
+    result = {
+        "schema": "dapo-edge outside 1",
+        **provenance(["python", "benchmarks/outside.py", *flags]),
+        "shares": found,
+    }
     print(f"written: {write_atomically(arguments.out, as_bytes(result))}", file=sys.stderr)
 
 
