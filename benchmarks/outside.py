@@ -14,7 +14,7 @@ import argparse
 import contextlib
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from dapo_edge.runtime.inspector import Inspector
 
 SOURCE = f"synthetic://{FRAME_SIZE[0]}x{FRAME_SIZE[1]}"
 FRAMES, FRAMES_OF_A_VIT_L = 200, 8
+STAGES = ("preprocess", "encode", "map", "decide")
 TYPES = 20  # on the large map; on others as many as the package has
 
 
@@ -61,7 +62,18 @@ def main() -> None:
         **provenance(["python", "benchmarks/outside.py", *flags]),
         "shares": found,
     }
+    print(in_markdown(result))
     print(f"written: {write_atomically(arguments.out, as_bytes(result))}", file=sys.stderr)
+
+
+def in_markdown(document: Mapping[str, Any]) -> str:
+    """The table of benchmarks/README.md: medians in milliseconds."""
+    lines = [f"| | {' | '.join((*STAGES, 'total'))} | outside the encoder |", f"|---|{'--:|' * (len(STAGES) + 2)}"]
+    for name, found in document["shares"].items():
+        ms = {stage: values["p50"] for stage, values in found["ms"].items()}
+        stages = " | ".join(f"{ms[stage]:.{2 if stage == 'decide' else 1}f}" for stage in STAGES)
+        lines.append(f"| {name} | {stages} | {ms['total']:.1f} | {100 * found['share_outside_encoder']:.1f} % |")
+    return "\n".join(lines)
 
 
 def measured(

@@ -182,8 +182,26 @@ def test_the_peers_figures_are_those_that_were_measured() -> None:
 
 
 def test_the_shares_outside_the_encoder_are_those_that_were_measured() -> None:
-    shares = json.loads((ROOT / "benchmarks/results/amd-epyc-2-cores/outside.json").read_text())["shares"]
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from outside import in_markdown
+
+    measured = json.loads((ROOT / "benchmarks/results/amd-epyc-2-cores/outside.json").read_text())
+    assert in_markdown(measured) in (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
+    int8, fp32, large_map, _, *vit_l = (found["share_outside_encoder"] for found in measured["shares"].values())
+    assert int8 <= 0.12
+    assert fp32 <= 0.06
+    assert large_map <= 0.25
+    assert len(vit_l) == 2
+    assert max(vit_l) <= 0.03
+
+
+def test_the_guard_did_its_duty_where_it_was_tested() -> None:
+    measured = json.loads((ROOT / "benchmarks/results/amd-epyc-2-cores/guard.json").read_text())
     page = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
-    for name, found in shares.items():
-        assert f"| {name} |" in page
-        assert f"| {found['ms']['total']['p50']:.1f} | {100 * found['share_outside_encoder']:.1f} % |" in page
+    tested = measured["self_test"]
+    assert tested["planted"] == 0.1
+    assert tested["caught"] == list(measured["metrics"])
+    assert (tested["missed"], tested["clean_runs"], tested["clean_runs_flagged"]) == ([], 10, 0)
+    for name, metric in measured["metrics"].items():
+        spread = f"{100 * metric['spread_between_reruns']:.1f} %"
+        assert f"| {name} | {metric['ratio']:.3f} | {spread} | {100 * metric['band']:.0f} % |" in page
