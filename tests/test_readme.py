@@ -82,6 +82,13 @@ def test_figures_are_those_that_were_measured() -> None:
         assert text in README, text
 
 
+def test_the_figures_of_each_precision_are_those_that_were_measured() -> None:
+    measured = json.loads((ROOT / "benchmarks/results/amd-epyc-2-cores/int8.json").read_text())["vit_b16_224"]
+    for stage in ("encode", "total"):
+        medians = (measured["precisions"][name]["ms"][stage]["p50"] for name in ("fp32", "fp16", "int8"))
+        assert f"| {' / '.join(f'{ms:.1f}' for ms in medians)} ms |" in README
+
+
 def test_the_promises_hold_where_they_were_measured() -> None:
     measured = json.loads((ROOT / "benchmarks/results/amd-epyc-2-cores/spine.json").read_text())
     vit, start = measured["vit_b16_224_1080p"], measured["start_up"]
