@@ -27,7 +27,7 @@ from guard_metrics import METRICS, Reading, read, together
 from dapo_edge.bench.provenance import provenance
 from dapo_edge.device import this_device
 from dapo_edge.errors import BackendError, DapoEdgeError, RecipeError
-from dapo_edge.files import as_bytes, write_atomically
+from dapo_edge.files import as_bytes, check_replaceable, check_writable, write_atomically
 
 SCHEMA = "dapo-edge guard 1"
 LEAST_BAND, TIMES_SPREAD = 0.05, 3.0
@@ -86,6 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 json.dumps({name: asdict(reading) for name, reading in visited(options.visit, options.plant).items()})
             )
             return 0
+        if options.write or options.self_test:
+            check_replaceable(options.out)
+            check_writable(options.out.parent)
         if options.write:
             return written(options.out)
         if options.self_test:
@@ -99,11 +102,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def compared(path: Path, plant: float, as_json: bool) -> int:
     """Measure, and hold against the committed file; 1 if anything is slower."""
     committed = committed_in(path)
-    if committed is not None and set(committed) != set(METRICS):
-        raise RecipeError(
-            f"'{path}' has other metrics than the guard: {', '.join(sorted(set(committed) ^ set(METRICS)))}",
-            "Write it again: python benchmarks/guard.py --write",
-        )
     readings = measured(list(METRICS), plant)
     findings = against(committed or {}, readings, plant)
     document = {
@@ -180,7 +178,7 @@ def in_words(finding: Finding) -> str:
 
 
 def committed_in(path: Path) -> dict[str, Committed] | None:
-    """What was written; None where there is no file. Raises `RecipeError` for a damaged one."""
+    """What was written; None where there is no file. Raises `RecipeError` for a damaged one, or of other metrics."""
     document = _document(path)
     if document is None:
         return None
@@ -193,6 +191,11 @@ def committed_in(path: Path) -> dict[str, Committed] | None:
         sound = False
     if not sound:
         raise _damaged(path)
+    if set(found) != set(METRICS):
+        raise RecipeError(
+            f"'{path}' has other metrics than the guard: {', '.join(sorted(set(found) ^ set(METRICS)))}",
+            "Write it again: python benchmarks/guard.py --write",
+        )
     return found
 
 

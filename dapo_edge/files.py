@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import stat
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,14 @@ def write_atomically(path: Path, content: bytes) -> Path:
 
 
 def check_replaceable(path: Path) -> None:
-    """Raises `OutputError` for what exists and is no plain file: a file would take its place."""
-    if path.exists() and not path.is_file():
+    """Raises `OutputError` for a name that can't be, and for what is no plain file: a file would take its place."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise OutputError.refused(path, error) from error
+    if not stat.S_ISREG(mode):
         raise OutputError(f"'{path}' can't be written (it is no plain file)", "Name another file")
 
 

@@ -27,7 +27,8 @@ def test_what_can_not_be_written_is_refused(tmp_path: Path) -> None:
     for wrong, why in (
         ("/dev/full", "it is no plain file"),
         (str(tmp_path), "it is no plain file"),
-        (str(tmp_path / "file" / "x.json"), "file"),
+        (str(tmp_path / "file" / "x.json"), "Not a directory"),
+        (str(tmp_path / ("x" * 300)), "File name too long"),
     ):
         with pytest.raises(argparse.ArgumentTypeError, match=why):
             result_file(wrong)

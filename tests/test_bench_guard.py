@@ -185,6 +185,17 @@ def test_a_metric_that_the_file_lacks_is_refused(file: Path, monkeypatch: pytest
     monkeypatch.setattr(guard, "METRICS", {**guard.METRICS, "encode": guard.METRICS["map"]})
     with pytest.raises(RecipeError, match="has other metrics than the guard: encode"):
         guard.compared(file, 0.0, as_json=False)
+    with pytest.raises(RecipeError, match="has other metrics than the guard: encode"):
+        guard.self_tested(file)
+
+
+@pytest.mark.parametrize("flag", ["--write", "--self-test"])
+def test_a_file_that_can_not_be_written_is_refused_before_anything_is_measured(
+    flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(guard, "measured", lambda names, plant: pytest.fail("measured first"))
+    assert guard.main([flag, "--out", str(tmp_path)]) == 1
+    assert "can't be written (it is no plain file)" in capsys.readouterr().err
 
 
 def test_a_self_test_without_a_file_is_refused(tmp_path: Path) -> None:

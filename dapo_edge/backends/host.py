@@ -23,9 +23,9 @@ def resize_view(view: View, size: int) -> NDArray[np.uint8]:
     """Resize [H, W, 3] to [size, size, 3]; channel order is kept, the aspect ratio is not (as in DAPO).
 
     A camera's own bytes become BGR. Box reduction, then antialiased bicubic, columns first, rounded after each, as
-    `pixels.preprocess` defines: Pillow's `resize(BICUBIC, reducing_gap=2.0)` to a grey level, much faster than plain
-    bicubic and equal to it on smooth pictures. Every phase (tuning, calibration, evaluation, run time) uses this one
-    resize, so its choice costs no accuracy.
+    `pixels.preprocess` defines: Pillow's `resize(BICUBIC, reducing_gap=2.0)` to a grey level (3 on noise), much faster
+    than plain bicubic and equal to it on smooth pictures. Every phase (tuning, calibration, evaluation, run time) uses
+    this one resize, so its choice costs no accuracy.
     """
     if isinstance(view, PixelView):
         view = view.bgr()
@@ -48,7 +48,8 @@ def resize_view(view: View, size: int) -> NDArray[np.uint8]:
 def _box_means(cv2: ModuleType, view: NDArray[np.uint8], across: int, down: int) -> NDArray[np.uint8]:
     """`reduce_boxes`, [H, W, 3] to [ceil(H / down), ceil(W / across), 3], by OpenCV wherever boxes are full.
 
-    OpenCV rounds halves to even: in boxes of 8 pixels one mean of 16 is a level lower.
+    A mean may be a level off. OpenCV rounds halves to even: in boxes of 8 pixels one of 16 is lower. And it divides,
+    where the reciprocal of `reduce_boxes` falls short: in boxes of 3 pixels one of 3 is higher.
     """
     view = view if view.strides[0] > 0 else np.ascontiguousarray(view)  # OpenCV takes no rows that go backwards
     if across * down == 1:

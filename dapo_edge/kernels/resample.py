@@ -99,8 +99,8 @@ def spans(table: TapTable, starts: Sequence[int]) -> list[Span]:
     """What a table makes, cut before each of `starts`, the first of which is 0."""
     found = []
     for start, end in zip(starts, [*starts[1:], table.size_out], strict=True):
-        first = table.starts[start:end]  # starts never fall
-        found.append(Span(slice(start, end), slice(int(first[0]), int(first[-1]) + table.taps)))
+        first = table.starts[start:end]
+        found.append(Span(slice(start, end), slice(int(first.min()), int(first.max()) + table.taps)))
     return found
 
 

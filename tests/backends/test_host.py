@@ -33,14 +33,17 @@ def pillows(view: Picture, size: int) -> Picture:
 
 
 def check_pillows(made: Picture, view: Picture, size: int) -> None:
-    """A level at most, on one value of 400, by sums of what lies between two levels; by the halves of boxes more."""
+    """One value of 300 is off, by sums of what lies between two levels; by the means of boxes more.
+
+    Absolute weights of a row sum to 1.3 at most: a level becomes 2 in a pass that rounds, and these 3 in the next one.
+    """
     difference = np.abs(made.astype(int) - pillows(view, size))
     height, width = view.shape[:2]
     if pillow_bicubic(width, size).factor * pillow_bicubic(height, size).factor == 1:
-        assert difference.max() <= 1
-        assert difference.sum() <= max(6, difference.size / 400)
-    else:  # the mean of two pixels is a half every other time
         assert difference.max() <= 2
+        assert difference.sum() <= max(12, difference.size / 300)
+    else:  # the mean of two pixels is a half every other time
+        assert difference.max() <= 3
         assert difference.mean() <= 0.5
 
 

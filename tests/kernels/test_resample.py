@@ -186,6 +186,17 @@ def test_a_gap_below_one_is_refused() -> None:
         resample.pillow_bicubic(8, 4, 0.5)
 
 
+def test_a_table_applies_along_any_axis_of_any_memory_layout() -> None:
+    """Windows that fall from one row to the next among them."""
+    falling = TapTable(np.arange(37, dtype=np.int32)[::-1].copy(), np.full((37, 3), 1 / 3, np.float32), size_in=39)
+    array = np.random.default_rng(0).random((5, 78, 39), np.float32)[:, ::-2].transpose(1, 0, 2)  # [39, 5, 39]
+    for table in (falling, resample.pillow_bicubic(39, 50).table):
+        for axis in (0, 2, -1, -3):
+            direct = np.moveaxis(np.tensordot(table.dense(), array, axes=(1, axis)), 0, axis)
+            np.testing.assert_allclose(table.apply(array, axis), direct, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(table.apply(array[:, 0, 0], 0), table.dense() @ array[:, 0, 0], rtol=0, atol=1e-6)
+
+
 def test_tables_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="reads 8 values, the inner one makes 7"):
         compose(resample.gaussian(8, 1.0), resample.bicubic(4, 7))
