@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dapo_edge.config import Recipe, parse_recipe
+from dapo_edge.data.belt import Belt
 from dapo_edge.data.surfaces import DEFECTS
 from dapo_edge.device import this_device
 from dapo_edge.errors import DapoEdgeError, OutputError
-from dapo_edge.files import check_replaceable, check_writable
+from dapo_edge.files import check_file
 from dapo_edge.prompt_bank import PromptBank
 from dapo_edge.structures import NORMAL
 
@@ -37,8 +40,7 @@ def result_file(text: str) -> Path:
     """Where a result will be written, as a type of argparse: refused before minutes are spent."""
     path = Path(text)
     try:
-        check_replaceable(path)
-        check_writable(path.parent)
+        check_file(path)
     except OutputError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return path
@@ -53,6 +55,24 @@ def end_with(main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted: what was not written yet is lost", file=sys.stderr)
         sys.exit(130)
+
+
+def timed(call: Callable[[], object], times: int = 1) -> Callable[[], float]:
+    """What does so many calls in a row, and returns their milliseconds."""
+
+    def side() -> float:
+        started = time.perf_counter()
+        for _ in range(times):
+            call()
+        return (time.perf_counter() - started) * 1e3
+
+    return side
+
+
+@functools.lru_cache(maxsize=1)
+def belt_frame(size: tuple[int, int]) -> NDArray[np.uint8]:
+    """[H, W, 3] BGR of (width, height), always the same."""
+    return Belt(size, seed=1).frame(0).image
 
 
 def vit_b16() -> Recipe:

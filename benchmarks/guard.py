@@ -27,7 +27,7 @@ from guard_metrics import METRICS, Reading, read, together
 from dapo_edge.bench.provenance import provenance
 from dapo_edge.device import this_device
 from dapo_edge.errors import BackendError, DapoEdgeError, RecipeError
-from dapo_edge.files import as_bytes, check_replaceable, check_writable, write_atomically
+from dapo_edge.files import as_bytes, check_file, write_atomically
 
 SCHEMA = "dapo-edge guard 1"
 LEAST_BAND, TIMES_SPREAD = 0.05, 3.0
@@ -82,13 +82,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--plant is for a single comparison")
     try:
         if options.visit:
-            print(
-                json.dumps({name: asdict(reading) for name, reading in visited(options.visit, options.plant).items()})
-            )
+            print(json.dumps(as_values(visited(options.visit, options.plant))))
             return 0
         if options.write or options.self_test:
-            check_replaceable(options.out)
-            check_writable(options.out.parent)
+            check_file(options.out)
         if options.write:
             return written(options.out)
         if options.self_test:
@@ -106,7 +103,7 @@ def compared(path: Path, plant: float, as_json: bool) -> int:
     findings = against(committed or {}, readings, plant)
     document = {
         "schema": SCHEMA,
-        "readings": {name: asdict(reading) for name, reading in readings.items()},
+        "readings": as_values(readings),
         "findings": [{**asdict(finding), "verdict": finding.verdict} for finding in findings],
     }
     if as_json:
@@ -140,6 +137,11 @@ def visited(names: Sequence[str], plant: float) -> dict[str, Reading]:
         with METRICS[name].opened(plant) as metric:
             readings[name] = read(metric)
     return readings
+
+
+def as_values(readings: Mapping[str, Reading]) -> dict[str, Any]:
+    """As JSON values."""
+    return {name: asdict(reading) for name, reading in readings.items()}
 
 
 def visited_alone(names: Sequence[str], plant: float) -> dict[str, Reading]:

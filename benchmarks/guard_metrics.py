@@ -16,7 +16,7 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
-from common import bank_around
+from common import bank_around, belt_frame, timed
 from numpy.typing import NDArray
 from packages import bare_encoder, compiled, fixed_input, opened, reference_package, vit_package
 from PIL import Image
@@ -25,7 +25,6 @@ from threadpoolctl import threadpool_limits
 from dapo_edge import Inspector
 from dapo_edge.backends.host import make_maps, resize_view
 from dapo_edge.backends.openvino import OpenVinoBackend
-from dapo_edge.data.belt import Belt
 from dapo_edge.extras import require
 from dapo_edge.runtime.pipeline import Pipeline
 from dapo_edge.runtime.plan import CameraPlan
@@ -97,24 +96,12 @@ def slowed(call: Callable[..., Any], share: float) -> Callable[..., Any]:
     return slow if share > 0 else call
 
 
-def timed(call: Callable[[], object], times: int = 1) -> Side:
-    """Milliseconds of so many calls in a row."""
-
-    def side() -> float:
-        started = time.perf_counter()
-        for _ in range(times):
-            call()
-        return (time.perf_counter() - started) * 1e3
-
-    return side
-
-
 @contextlib.contextmanager
 def inspect_reference(plant: float) -> Iterator[Metric]:
     """A 720p frame inspected by the reference model in FP32, against its encoder alone."""
     package = reference_package()
     with Inspector(package, precision="fp32") as inspector:
-        inspect = slowed(functools.partial(inspector.inspect, belt_frame()), plant)
+        inspect = slowed(functools.partial(inspector.inspect, belt_frame(FRAME)), plant)
         yield Metric(timed(inspect), timed(bare_encoder(package, "fp32")), 80)
 
 
@@ -123,14 +110,14 @@ def inspect_vit_b16_int8(plant: float) -> Iterator[Metric]:
     """A 720p frame inspected by ViT-B/16 at 224 px in INT8, against its encoder alone."""
     package = vit_package()
     with opened(package, "int8") as inspector:
-        inspect = slowed(functools.partial(inspector.inspect, belt_frame()), plant)
+        inspect = slowed(functools.partial(inspector.inspect, belt_frame(FRAME)), plant)
         yield Metric(timed(inspect), timed(bare_encoder(package, "int8")), 24)
 
 
 @contextlib.contextmanager
 def preprocess(plant: float) -> Iterator[Metric]:
     """A 720p frame resized to 224 px, against its halves copied and resized by Pillow on two threads."""
-    size, frame = 224, belt_frame()
+    size, frame = 224, belt_frame(FRAME)
     halves = [(half, half.copy(), Image.fromarray(half)) for half in np.array_split(frame, 2)]
 
     def work(half: NDArray[np.uint8], copy: NDArray[np.uint8], picture: Image.Image) -> None:
@@ -157,7 +144,7 @@ def map_vga(plant: float) -> Iterator[Metric]:
     package = reference_package()
     with Inspector(package) as inspector:
         assert isinstance(inspector.backend, OpenVinoBackend)
-        tokens, embedding = inspector.backend.encode([belt_frame()])
+        tokens, embedding = inspector.backend.encode([belt_frame(FRAME)])
     bank, spec = bank_around(tokens, TYPES), package.manifest.map
     make = slowed(functools.partial(make_maps, tokens, embedding, bank, spec, MAP), plant)
     size = 8, 120, 160  # about what a map is made in: blocks, each from a few patches
@@ -235,8 +222,3 @@ METRICS: dict[str, Watched] = {
     "line, 4 cameras": Watched(four_cameras),
     "encode int8 / fp32": Watched(int8_encoder),
 }
-
-
-def belt_frame() -> NDArray[np.uint8]:
-    """[720, 1280, 3] BGR, always the same."""
-    return Belt(FRAME, seed=1).frame(0).image

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import json
 import os
 import re
 import sys
@@ -59,7 +58,7 @@ from dapo_edge import device
 from dapo_edge.bench.bystanders import Bystanders
 from dapo_edge.bench.run import MOST_OTHERS
 from dapo_edge.errors import BackendError, DapoEdgeError, RecipeError, did_you_mean
-from dapo_edge.files import write_atomically
+from dapo_edge.files import as_bytes, write_atomically
 from dapo_edge.package import ENCODER, EnginePackage
 
 CACHE = HERE.parent / ".cache" / "peers"
@@ -255,8 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in parsed.configs:
         one = measured(name, folders, options)
         result = merged(out, this_device, {name: one})
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out, (json.dumps(result, indent=2) + "\n").encode())
+        write_atomically(out, as_bytes(result))
         print(f"written: {out}", file=sys.stderr)
     print(table(result))
 

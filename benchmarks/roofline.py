@@ -13,7 +13,6 @@ import argparse
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from ceilings import Peak, copy_gb_per_s, gpu_ceilings, peaks
-from common import HERE, end_with, released, result_file, results_folder, say
+from common import HERE, end_with, released, result_file, results_folder, say, timed
 from graph_work import Limit, Work, count, limit_of
 from packages import bare_inference, int8_encoder, reference_package, vit_package
 from pydantic import model_validator
@@ -29,6 +28,7 @@ from pydantic import model_validator
 from dapo_edge.backends.openvino import fast_float_type
 from dapo_edge.bench.provenance import provenance
 from dapo_edge.config import Recipe
+from dapo_edge.engine import speed
 from dapo_edge.engine.export import export_encoder
 from dapo_edge.files import as_bytes, write_atomically
 from dapo_edge.models.method import method_of
@@ -143,7 +143,7 @@ def described(configuration: Configuration, tera_per_s: dict[str, float], gb_per
     work, fast = configuration.work, fast_float_type() or "fp32"
     names = {"fp32": "fp32", "fp16": fast, "int8": "int8"}
     measured = {}
-    for precision, times_ms in timed(configuration.encoders).items():
+    for precision, times_ms in encoder_times(configuration.encoders).items():
         limit = limit_of(work, names[precision], tera_per_s, gb_per_s, fast)
         measured[names[precision]] = against(limit, times_ms)
     return {
@@ -175,7 +175,7 @@ def against(limit: Limit, times_ms: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def timed(encoders: Mapping[str, bytes]) -> dict[str, list[float]]:
+def encoder_times(encoders: Mapping[str, bytes]) -> dict[str, list[float]]:
     """Milliseconds of each encoder, by turns, on all cores."""
     calls = {precision: bare_inference(encoder, precision) for precision, encoder in encoders.items()}
     return by_turns(calls)
@@ -183,18 +183,8 @@ def timed(encoders: Mapping[str, bytes]) -> dict[str, list[float]]:
 
 def by_turns(calls: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
     """Milliseconds of each call, after one round that does not count."""
-    for call in calls.values():
-        call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    until = time.monotonic() + SECONDS
-    for done in range(MOST_ROUNDS):
-        if done >= LEAST_ROUNDS and time.monotonic() > until:
-            break
-        for name, call in calls.items():
-            started = time.perf_counter()
-            call()
-            times[name].append((time.perf_counter() - started) * 1e3)
-    return times
+    sides = {name: timed(call) for name, call in calls.items()}
+    return speed.by_turns(sides, SECONDS, LEAST_ROUNDS, MOST_ROUNDS)
 
 
 def read_ratings(path: Path) -> Ratings:

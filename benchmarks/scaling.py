@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-from common import FRAME_SIZE, bank_around, end_with, result_file, results_folder, say, vit_b16
+from common import FRAME_SIZE, bank_around, belt_frame, end_with, result_file, results_folder, say, vit_b16
 from numpy.typing import NDArray
 from packages import (
     bare_encoder,
@@ -47,7 +47,6 @@ from dapo_edge import Inspector, build
 from dapo_edge.bench.feed import open_feed
 from dapo_edge.bench.provenance import provenance
 from dapo_edge.bench.rate import at_rate, flat_out
-from dapo_edge.data.belt import Belt
 from dapo_edge.errors import RecipeError, did_you_mean
 from dapo_edge.extras import require
 from dapo_edge.files import as_bytes, write_atomically
@@ -320,12 +319,6 @@ def encoder_fps(model: Any, seconds: float) -> float:
         done += 1
     requests.wait_all()
     return done / (time.perf_counter() - started)
-
-
-@functools.lru_cache(maxsize=1)
-def belt_frame(size: tuple[int, int]) -> NDArray[np.uint8]:
-    """[H, W, 3] BGR of (width, height), always the same."""
-    return Belt(size, seed=1).frame(0).image
 
 
 if __name__ == "__main__":

@@ -46,6 +46,12 @@ def check_replaceable(path: Path) -> None:
         raise OutputError(f"'{path}' can't be written (it is no plain file)", "Name another file")
 
 
+def check_file(path: Path) -> None:
+    """Refuse now what `write_atomically` would refuse after hours of work: raises `OutputError`."""
+    check_replaceable(path)
+    check_writable(path.parent)
+
+
 def as_bytes(content: Any) -> bytes:
     """A JSON document; names that are no text, as file names may be, stand in it as escapes."""
     return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace")

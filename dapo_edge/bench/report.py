@@ -8,7 +8,7 @@ from typing import Any
 
 from dapo_edge.bench import plots, words
 from dapo_edge.extras import require
-from dapo_edge.files import check_replaceable, check_writable, write_atomically
+from dapo_edge.files import check_file, write_atomically
 from dapo_edge.page import environment
 
 Document = Mapping[str, Any]
@@ -19,8 +19,7 @@ def check_can_write(path: Path) -> None:
     """Raises `DependencyMissing` and `OutputError` now, instead of after an hour of measuring."""
     for package in ("jinja2", "matplotlib"):
         require(package)
-    check_writable(path.parent)
-    check_replaceable(path)
+    check_file(path)
 
 
 def write_report(result: Document, path: Path) -> None:

@@ -240,8 +240,7 @@ def _every_channel(
                 types[block] = 0
             else:
                 _challenge(best, types[block], share, channel, winner)
-            highest = share.max() if inside is None else share.max(where=inside[block], initial=0)
-            peaks[channel] = max(peaks[channel], highest)
+            peaks[channel] = max(peaks[channel], _highest(share, inside, block))
     _complement(anomaly)
     return peaks
 
@@ -280,9 +279,14 @@ def _contested(
                 _running_argmax(share, chosen, types[block])
             for channel, values in zip(chosen, share, strict=True):
                 if higher[channel]:
-                    highest = values.max() if inside is None else values.max(where=inside[block], initial=0)
-                    peaks[channel] = max(peaks[channel], highest)
+                    peaks[channel] = max(peaks[channel], _highest(values, inside, block))
     return peaks
+
+
+def _highest(share: FloatArray, inside: NDArray[np.bool_] | None, block: tuple[slice, slice]) -> np.float32:
+    """Of one channel in a block of the map, where it is `inside`."""
+    highest: np.float32 = share.max() if inside is None else share.max(where=inside[block], initial=0)
+    return highest
 
 
 def _write_anomaly(normal: FloatArray, rows: TapTable, columns: TapTable, anomaly: FloatArray) -> np.float32:
